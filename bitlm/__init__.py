@@ -1,0 +1,50 @@
+"""bitlm: 1-bit and ternary Hugging Face models that load with plain `from_pretrained`.
+
+Importing it imports neither torch nor transformers; it registers with transformers at once when
+that is loaded, else as soon as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import bitlm_autoload
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Scheme": "scheme",
+    "PRESETS": "scheme",
+    "BitlmConfig": "hf",
+    "quantize": "quantize",
+    "pack": "quantize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bitlm' has no attribute {name!r}")
+    value = getattr(import_module(f"bitlm.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+class _Package(ModuleType):
+    """Keeps `bitlm.quantize` the function: importing the module of that name would replace it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "quantize" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+bitlm_autoload.install()
+
+__all__ = ["PRESETS", "BitlmConfig", "Scheme", "__version__", "pack", "quantize"]

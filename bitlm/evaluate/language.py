@@ -1,0 +1,272 @@
+"""Perplexity of a causal language model, and how far a packed model is from its dense one."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
+
+Progress = Callable[[int, int], None]
+
+_LOGITS = 1 << 25  # logits of one forward pass, unless a single window has more
+_CHUNK = 1 << 22  # logits that are float32 at a time
+
+
+class EvaluationError(ValueError):
+    """A model or text that cannot be measured: the message says why."""
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity over non-overlapping windows, the first token of each not predicted.
+
+    nll: mean negative log-likelihood in nats of the `tokens` predicted tokens. context: tokens in
+    a window.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A packed model against its dense one, on the same predicted tokens.
+
+    kl: mean KL(dense || packed) of the next-token distributions in nats. top1: share of positions
+    with the same most likely token. logit_error: ||packed - dense|| / ||dense|| of the logits.
+    """
+
+    packed: PerplexityResult
+    dense: PerplexityResult
+    kl: float
+    top1: float
+    logit_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EncoderComparison:
+    """A packed encoder against its dense one.
+
+    cosine: mean cosine of the last hidden states over the tokens that are no padding. kl, top1: of
+    the logits (per text for a classifier, per token for a masked LM); None without logits.
+    """
+
+    cosine: float
+    kl: float | None
+    top1: float | None
+    tokens: int
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the longest input that the config of a model allows, None where it does not say."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Return how many token embeddings a model has."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, windows: Tensor, batch_size: int | None = None,
+               progress: Progress | None = None) -> PerplexityResult:
+    """Return the perplexity of a causal LM on windows of tokens, int64 [n, L].
+
+    Log-softmax in float32, sums in float64. `progress` gets (windows done, windows).
+    """
+    _check(model, windows)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch, (logits,) in _forward([model], windows, batch_size, progress):
+        for scores, tokens in _chunks(logits, batch):
+            total += _nll(scores, tokens)
+    return _result(total.item(), windows)
+
+
+@torch.inference_mode()
+def compare(model: nn.Module, dense: nn.Module, windows: Tensor, batch_size: int | None = None,
+            progress: Progress | None = None) -> Comparison:
+    """Return perplexities, KL divergence, top-1 agreement and logit error of a packed causal LM.
+
+    windows: int64 [n, L], as for `perplexity`; every figure is over the same n * (L - 1) positions.
+    """
+    _check(model, windows)
+    _check(dense, windows)
+    packed_nll, dense_nll, kl, difference, norm = torch.zeros(5, dtype=torch.float64)
+    agree = 0
+    for batch, (ours, theirs) in _forward([model, dense], windows, batch_size, progress):
+        if ours.shape[-1] != theirs.shape[-1]:
+            raise EvaluationError(f"the models have {ours.shape[-1]} and {theirs.shape[-1]} logits "
+                                  "a token: they are not versions of the same model")
+        for (p, tokens), (q, _) in zip(_chunks(theirs, batch), _chunks(ours, batch), strict=True):
+            dense_nll += _nll(p, tokens)
+            packed_nll += _nll(q, tokens.to(q.device))
+            q = q.to(p.device)
+            kl += _kl(p, q).sum(dtype=torch.float64).cpu()
+            agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+            difference += (q - p).square().sum(dtype=torch.float64).cpu()
+            norm += p.square().sum(dtype=torch.float64).cpu()
+    positions = windows.shape[0] * (windows.shape[1] - 1)
+    error = (difference / norm).sqrt().item() if norm > 0 else math.inf
+    return Comparison(_result(packed_nll.item(), windows), _result(dense_nll.item(), windows),
+                      kl.item() / positions, agree / positions, error)
+
+
+@torch.inference_mode()
+def compare_encoders(model: nn.Module, dense: nn.Module, batches: Iterable[dict[str, Tensor]]
+                     ) -> EncoderComparison:
+    """Return how far a packed encoder or classifier is from its dense one.
+
+    batches: what a tokenizer returns with padding, `input_ids` and `attention_mask` [B, T], ...
+    Of an encoder-decoder without logits the encoder is compared.
+    """
+    cosine = kl = torch.zeros((), dtype=torch.float64)
+    tokens = agree = outputs = 0
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        kept = (torch.ones_like(batch["input_ids"]) if mask is None else mask).bool()
+        (ours, our_logits), (theirs, their_logits) = (_encode(m, batch) for m in (model, dense))
+        states = cosine_similarity(ours.float(), theirs.float(), dim=-1)
+        inside = kept.to(states.device)
+        cosine = cosine + states[inside].sum(dtype=torch.float64).cpu()
+        tokens += int(inside.sum())
+        if their_logits is None:
+            continue
+        if their_logits.dim() == 3:  # one prediction a token, as of a masked LM
+            our_logits, their_logits = our_logits[inside], their_logits[inside]
+        outputs += their_logits.shape[0]
+        kl = kl + _kl(their_logits.float(), our_logits.float()).sum(dtype=torch.float64).cpu()
+        agree += (their_logits.argmax(-1) == our_logits.argmax(-1)).sum().item()
+    if not tokens:
+        raise EvaluationError("there is no text to compare the encoders on")
+    return EncoderComparison(cosine.item() / tokens, kl.item() / outputs if outputs else None,
+                             agree / outputs if outputs else None, tokens)
+
+
+@torch.inference_mode()
+def throughput(model: nn.Module, ids: Tensor, new_tokens: int = 32, repeats: int = 3) -> float:
+    """Return the tokens per second of greedy decoding: the median run, after a warm-up.
+
+    ids: prompt, int64 [1, T]. Only the steps after the first new token are timed, so that reading
+    the prompt does not count.
+    """
+    if new_tokens < 2:
+        raise EvaluationError(f"{new_tokens} new tokens cannot be timed: use at least 2")
+    rates = []
+    for _ in range(repeats + 1):
+        clock = TokenClock()
+        model.generate(ids.to(model.device), attention_mask=torch.ones_like(ids), do_sample=False,
+                       max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=clock,
+                       pad_token_id=0)
+        rates.append(clock.rate())
+    return statistics.median(rates[1:])
+
+
+class TokenClock:
+    """A streamer for `generate` that only notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Note the time: the first call brings the prompt, each later one a token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing: the last token has its time."""
+
+    def rate(self) -> float:
+        """Return tokens per second after the first new token; 0 with fewer than two."""
+        steps = self.times[1:]
+        return (len(steps) - 1) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.0
+
+
+def _check(model: nn.Module, windows: Tensor) -> None:
+    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise EvaluationError(f"windows of shape {list(windows.shape)}: expected [n, 2 or more]")
+    config = model.config
+    if config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise EvaluationError(f"{type(model).__name__} is no causal language model: it has no "
+                              "perplexity")
+    longest = context_length(model)
+    if longest is not None and windows.shape[1] > longest:
+        raise EvaluationError(f"a context of {windows.shape[1]} tokens is too long: the model "
+                              f"reads at most {longest}")
+
+
+def _forward(models: list[nn.Module], windows: Tensor, batch_size: int | None,
+             progress: Progress | None) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Yield batches of windows with each model's logits [B, L, V]; models run in eval mode."""
+    if batch_size is None:
+        batch_size = max(1, min(16, _LOGITS // (windows.shape[1] * vocabulary(models[0]))))
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start:start + batch_size]
+            yield batch, [model(input_ids=batch.to(model.device), use_cache=False).logits
+                          for model in models]
+            if progress:
+                progress(min(start + batch_size, len(windows)), len(windows))
+    finally:
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
+
+
+def _chunks(logits: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield float32 logits [c, V] and the tokens [c] that they predict, in order."""
+    step = max(1, _CHUNK // logits.shape[-1])
+    for scores, tokens in zip(logits, windows.to(logits.device), strict=True):
+        for start in range(0, len(tokens) - 1, step):
+            end = min(start + step, len(tokens) - 1)
+            yield scores[start:end].float(), tokens[start + 1:end + 1]
+
+
+def _nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the summed negative log-likelihood of tokens [c] in nats, float64."""
+    return cross_entropy(logits, tokens, reduction="none").sum(dtype=torch.float64).cpu()
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q) in nats of each row of float32 logits [c, V]."""
+    p, q = log_softmax(p, -1), log_softmax(q, -1)
+    return (p.exp() * (p - q)).sum(-1).clamp_(min=0)
+
+
+def _result(nll: float, windows: Tensor) -> PerplexityResult:
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    mean = nll / tokens
+    # exp overflows above 709, which a destroyed model reaches.
+    value = math.exp(mean) if mean < 700 else math.inf
+    return PerplexityResult(value, mean, tokens, *windows.shape)
+
+
+def _encode(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the last hidden states [B, T, D] of a model and its logits, None without."""
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if model.config.is_encoder_decoder and type(model).__name__.endswith("Model"):
+        model = model.get_encoder()
+    outputs = model(**inputs, output_hidden_states=True)
+    states = getattr(outputs, "last_hidden_state", None)
+    if states is None:
+        hidden = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
+        states = hidden[-1]
+    return states, getattr(outputs, "logits", None)

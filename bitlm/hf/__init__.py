@@ -1,0 +1,36 @@
+"""bitlm inside transformers: `from_pretrained`, `save_pretrained` and everything built on them."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+
+from .config import BitlmConfig
+from .experts import register_experts
+from .quantizer import BitlmQuantizer
+
+
+def register() -> None:
+    """Register bitlm with transformers; done already, it does nothing."""
+    if "bitlm" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config("bitlm")(BitlmConfig)
+    if "bitlm" not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer("bitlm")(BitlmQuantizer)
+    register_experts()
+
+
+def attach(model: PreTrainedModel, config: BitlmConfig) -> None:
+    """Make a model whose weights were packed in memory one that can be saved and generate.
+
+    The model then is as if `from_pretrained` had returned it. `config` must be the one that its
+    weights were packed by: it is what the checkpoint will say of itself.
+    """
+    BitlmQuantizer(config, pre_quantized=True).attach(model)
+
+
+__all__ = ["BitlmConfig", "BitlmQuantizer", "attach", "register"]

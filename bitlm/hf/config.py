@@ -1,0 +1,90 @@
+"""`BitlmConfig`: the `quantization_config` of a packed checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import __version__
+from ..plan import Request
+from ..scheme import DEFAULT_PRESET, Scheme, embedding_scheme, preset
+
+FORMAT_VERSION = 1
+STAGES = ("packed", "training")
+KEYS = ("quant_method", "format_version", "stage", "scheme", "overrides", "skip", "embeddings",
+        "producer", "source", "calibration", "metadata")
+
+
+class BitlmConfig(QuantizationConfigMixin):
+    """How a whole model is packed, as it stands in config.json; every attribute is plain JSON.
+
+    scheme: of every linear weight: a preset's name, a Scheme or its dict. overrides: regular
+    expression -> scheme fields that differ where it is found in a weight's name. skip: regular
+    expressions of names that stay dense. embeddings: bits (1 to 8) or scheme of token embeddings
+    and output head; None leaves them dense. stage: "packed", or "training" for a dense checkpoint
+    in quantization-aware training. producer, source, calibration: where the checkpoint comes from.
+    metadata: free.
+
+    Raises ValueError for unknown keys, for what no scheme may be, and for a checkpoint that needs a
+    newer bitlm.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme | dict[str, Any] = DEFAULT_PRESET,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        skip: list[str] | tuple[str, ...] | None = None,
+        embeddings: int | str | Scheme | dict[str, Any] | None = None,
+        stage: str = "packed",
+        format_version: int = FORMAT_VERSION,
+        producer: str | None = None,
+        source: str | None = None,
+        calibration: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+        quant_method: str = "bitlm",
+        **unknown: Any,
+    ) -> None:
+        if not isinstance(format_version, int) or format_version < 1:
+            raise ValueError(f"format_version is {format_version!r}: use a whole number from 1")
+        if format_version > FORMAT_VERSION:
+            raise ValueError(f"this checkpoint needs format version {format_version}, bitlm "
+                             f"{__version__} reads up to {FORMAT_VERSION}: pip install -U bitlm")
+        if unknown:
+            raise ValueError(f"unknown key {next(iter(unknown))!r} in quantization_config: the "
+                             f"keys are {', '.join(KEYS)}; free notes go in metadata")
+        if stage not in STAGES:
+            raise ValueError(f"stage is {stage!r}: use one of {', '.join(STAGES)}")
+        if isinstance(skip, str):
+            raise ValueError(f"skip is {skip!r}: use a list of regular expressions")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.stage = stage
+        self.scheme = _scheme(scheme).to_dict()
+        self.overrides = {pattern: dict(changes) for pattern, changes in (overrides or {}).items()}
+        self.skip = list(skip or ())
+        self.embeddings = None if embeddings is None else _embeddings(embeddings).to_dict()
+        self.producer = producer or f"bitlm {__version__}"
+        self.source = source
+        self.calibration = calibration
+        self.metadata = metadata or {}
+        for changes in self.overrides.values():
+            _scheme(scheme).replace(**changes)
+
+    @property
+    def request(self) -> Request:
+        """What the configuration asks of a model; with the model it makes the plan."""
+        embeddings = None if self.embeddings is None else Scheme.from_dict(self.embeddings)
+        return Request(Scheme.from_dict(self.scheme), self.overrides, tuple(self.skip), embeddings)
+
+
+def _scheme(value: str | Scheme | dict[str, Any]) -> Scheme:
+    if isinstance(value, Scheme):
+        return value
+    return preset(value) if isinstance(value, str) else Scheme.from_dict(value)
+
+
+def _embeddings(value: int | str | Scheme | dict[str, Any]) -> Scheme:
+    if isinstance(value, bool):
+        raise ValueError(f"embeddings is {value}: say how many bits, 1 to 8 (8 loses least)")
+    return embedding_scheme(value) if isinstance(value, int) else _scheme(value)

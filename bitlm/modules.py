@@ -1,0 +1,127 @@
+"""Layers with a packed weight, and putting them into a model and taking them out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .weight import PackedWeight
+
+
+class PackedLinear(nn.Linear):
+    """An nn.Linear whose `weight` is a PackedWeight; isinstance(layer, nn.Linear) stays true."""
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, dense: nn.Module | None = None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+        _keep_dense(self, dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight(x, self.bias)
+
+    def reset_parameters(self) -> None:
+        """Keep the stored codes: there is nothing to draw anew."""
+
+
+class PackedEmbedding(nn.Embedding):
+    """An nn.Embedding whose `weight` is a PackedWeight, with the factor of scaled embeddings."""
+
+    def __init__(self, weight: PackedWeight, padding_idx: int | None = None, scale: float = 1.0,
+                 dense: nn.Module | None = None) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type = None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self.scale = scale
+        self.weight = weight
+        _keep_dense(self, dense)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.weight(ids)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+    def reset_parameters(self) -> None:
+        """Keep the stored codes: there is nothing to draw anew."""
+
+
+def _keep_dense(packed: nn.Module, dense: nn.Module | None) -> None:
+    """Remember the emptied dense layer, for `uninstall`, without making it a submodule."""
+    if dense is not None:
+        empty = torch.empty_like(dense.weight, device="meta")
+        dense.weight = nn.Parameter(empty, requires_grad=False)
+    packed.__dict__["dense"] = dense
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is GPT-2's Conv1D, a linear layer with its weight stored [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def install(model: nn.Module, name: str, weight: PackedWeight) -> None:
+    """Replace the dense weight `name` ("model.layers.0.mlp.up_proj.weight") of `model`, in place.
+
+    Linear layers, Conv1D and embeddings become packed layers; any other owner (fused experts) keeps
+    its class and gets the PackedWeight in the place of the Parameter. Raises ValueError when the
+    shapes differ.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    dense = getattr(owner, leaf)
+    shape = tuple(reversed(dense.shape)) if is_conv1d(owner) else tuple(dense.shape)
+    if getattr(owner, "is_transposed", False) and weight.form.experts:
+        shape = (shape[0], shape[2], shape[1])
+    if shape != tuple(weight.shape):
+        raise ValueError(f"{name} is {list(shape)}, its packed form {list(weight.shape)}")
+    if leaf == "weight" and (isinstance(owner, nn.Linear) or is_conv1d(owner)):
+        _replace(model, path, owner, PackedLinear(weight, owner.bias, owner))
+    elif leaf == "weight" and isinstance(owner, nn.Embedding):
+        scale = _scale(owner, name)
+        _replace(model, path, owner, PackedEmbedding(weight, owner.padding_idx, scale, owner))
+    else:
+        del owner._parameters[leaf]
+        owner.add_module(leaf, weight)
+
+
+def uninstall(model: nn.Module, name: str) -> None:
+    """Put the dequantized dense weight back in the place of the packed weight `name`."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    weight: PackedWeight = getattr(owner, leaf)
+    dense = weight.dequantize()
+    if isinstance(owner, (PackedLinear, PackedEmbedding)):
+        layer = owner.dense
+        dense = dense.T.contiguous() if is_conv1d(layer) else dense
+        layer.weight = nn.Parameter(dense, requires_grad=False)
+        if isinstance(owner, PackedLinear):
+            layer.bias = owner.bias
+        _replace(model, path, owner, layer)
+    else:
+        if getattr(owner, "is_transposed", False):
+            dense = dense.transpose(1, 2).contiguous()
+        del owner._modules[leaf]
+        owner.register_parameter(leaf, nn.Parameter(dense, requires_grad=False))
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """Return the packed weights of a model by dense parameter name; tied ones appear once each."""
+    return {name: module for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, PackedWeight)}
+
+
+def _replace(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
+    new.train(old.training)
+    parent, _, child = path.rpartition(".")
+    model.get_submodule(parent).register_module(child, new)
+
+
+def _scale(embedding: nn.Embedding, name: str) -> float:
+    # Gemma 3 keeps the factor as a buffer, which is on meta before loading, and as a float.
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
+    if isinstance(scale, Tensor) and scale.is_meta:
+        raise ValueError(f"the scale of {name} is not known before loading: leave embeddings dense")
+    return float(scale)

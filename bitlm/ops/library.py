@@ -1,0 +1,70 @@
+"""Finds and loads the compiled library; says why when there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+ABI_VERSION = 1
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
+
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+_PREFIX = "" if sys.platform == "win32" else "lib"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A library and where it is, or the reason why there is none."""
+
+    library: ctypes.CDLL | None
+    path: Path | None
+    reason: str | None
+
+
+@lru_cache(maxsize=None)
+def load(name: str = "bitlm_cpu") -> Loaded:
+    """Load the library `name` that lies beside the package; never raises."""
+    path = _find(f"{_PREFIX}{name}{_SUFFIX}")
+    if path is None:
+        return Loaded(None, None, "there is no compiled library beside the package; reinstall "
+                                  "bitlm on a machine with a C++17 compiler")
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.bitlm_abi_version()
+    except (OSError, AttributeError) as error:
+        return Loaded(None, path, f"{path} cannot be loaded ({error}); reinstall bitlm")
+    if version != ABI_VERSION:
+        return Loaded(None, path, f"{path} has interface version {version}, this bitlm needs "
+                                  f"{ABI_VERSION}; reinstall bitlm")
+    library.bitlm_cpu_instruction_set.restype = ctypes.c_char_p
+    library.bitlm_packed_linear.argtypes = [ctypes.c_char_p]
+    return Loaded(library, path, None)
+
+
+def _find(file: str) -> Path | None:
+    """Search the whole package path: an editable install has the library in site-packages."""
+    import bitlm
+
+    for folder in bitlm.__path__:
+        path = Path(folder) / file
+        if path.is_file():
+            return path
+    return None
+
+
+def instruction_set() -> str | None:
+    """Return the instruction set that the CPU kernels use, None without a library."""
+    library = load().library
+    return library.bitlm_cpu_instruction_set().decode() if library else None
+
+
+def limit_instruction_set(name: str | None) -> str | None:
+    """Use at most `name` (one of INSTRUCTION_SETS; None: no limit) and return what is then used."""
+    library = load().library
+    if library is None:
+        return None
+    library.bitlm_cpu_limit_instruction_set(-1 if name is None else INSTRUCTION_SETS.index(name))
+    return instruction_set()

@@ -1,0 +1,201 @@
+"""The pure-torch implementation that defines what every packed weight means.
+
+W = ( sum_p S_p * B_p + shift, salient entries replaced, + sum_q diag(a) L diag(c) R diag(b)
+      + U V^T ) diag(input_scales)
+
+Every other backend is tested against this one. It dequantizes and multiplies, in float32 (float64
+for float64 inputs): right everywhere, fast nowhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .bits import unpack_bits, unpack_trits
+from .form import Form, chains, parse, planes, row
+
+Tensors = dict[str, Tensor]
+
+
+def dequantize(tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
+    """Return the dense weight: [N, K], or [E, N, K] with experts, in `dtype`."""
+    layout = parse(form)
+    named = dict(zip(layout.names, tensors))
+    if layout.experts:
+        dense = [_dense({n: t[e] for n, t in named.items()}, layout, dtype)
+                 for e in range(layout.experts)]
+        return torch.stack(dense)
+    return _dense(named, layout, dtype)
+
+
+def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | None = None,
+                  offsets: Tensor | None = None, prepared: Tensor | None = None,
+                  activation: str = "float") -> Tensor:
+    """Return x @ W.T + bias.
+
+    x: float [..., K]. bias: [N], with experts [E, N]. offsets: int [E] ends of the experts' slices
+    when x is [T, K] sorted by expert; rows past the last end belong to no expert and give 0.
+    """
+    layout = parse(form)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not layout.experts:
+        weight = dequantize(tensors, form, compute)
+        return linear(x.to(compute), weight, None if bias is None else bias.to(compute)).to(x.dtype)
+    named = dict(zip(layout.names, tensors))
+    y = x.new_zeros(*x.shape[:-1], layout.rows)
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            weight = _dense({n: t[expert] for n, t in named.items()}, layout, compute)
+            own = None if bias is None else bias[expert].to(compute)
+            y[start:end] = linear(x[start:end].to(compute), weight, own).to(x.dtype)
+        start = end
+    return y
+
+
+def packed_linear_dx(grad: Tensor, tensors: list[Tensor], form: str,
+                     offsets: Tensor | None = None) -> Tensor:
+    """Return grad @ W, the gradient of `packed_linear` with respect to x."""
+    layout = parse(form)
+    compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if not layout.experts:
+        return (grad.to(compute) @ dequantize(tensors, form, compute)).to(grad.dtype)
+    named = dict(zip(layout.names, tensors))
+    dx = grad.new_zeros(*grad.shape[:-1], layout.columns)
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            weight = _dense({n: t[expert] for n, t in named.items()}, layout, compute)
+            dx[start:end] = (grad[start:end].to(compute) @ weight).to(grad.dtype)
+        start = end
+    return dx
+
+
+def packed_embedding(ids: Tensor, tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
+    """Return rows `ids` (any integer shape) of the dense weight, [*ids.shape, K] in `dtype`."""
+    layout = parse(form)
+    flat = ids.reshape(-1)
+    picked, starts = {}, None
+    for name, tensor in zip(layout.names, tensors):
+        by_row = row(name, layout.names).axes[0] == "N"
+        picked[name] = tensor[flat] if by_row else tensor
+        if name == "salient.mask":
+            starts = _salient_starts(unpack_bits(tensor, layout.columns))[flat]
+    if layout.parts != 1:
+        raise ValueError("an embedding has one part")
+    dense = _terms(picked, layout, dtype, starts)
+    return dense.unflatten(0, ids.shape) if ids.dim() != 1 else dense
+
+
+def _dense(named: Tensors, form: Form, dtype: torch.dtype) -> Tensor:
+    """Dequantize one expert: cut the parts, sum the terms of each, join them along N."""
+    rows = form.rows // form.parts
+    dense = []
+    for part in range(form.parts):
+        own = {}
+        for name, tensor in named.items():
+            by_row = row(name, form.names).axes[0] == "N"
+            own[name] = (tensor[part * rows:(part + 1) * rows] if by_row else
+                         tensor[part:part + 1])
+        starts = None
+        if "salient.mask" in own:
+            starts = _salient_starts(unpack_bits(own["salient.mask"], form.columns))
+        dense.append(_terms(own, form, dtype, starts))
+    return dense[0] if form.parts == 1 else torch.cat(dense)
+
+
+def _terms(named: Tensors, form: Form, dtype: torch.dtype, starts: Tensor | None) -> Tensor:
+    """Sum all terms of one part. `starts`: where each row's salient values begin in the list."""
+    compute = dtype if dtype == torch.float64 else torch.float32
+    rows = next(t.shape[0] for n, t in named.items() if row(n, form.names).axes[0] == "N")
+    device = next(iter(named.values())).device
+    dense = torch.zeros(rows, form.columns, dtype=compute, device=device)
+    scales = None
+    for plane in planes(form.names):
+        own = {n.split(".", 1)[1]: t for n, t in named.items() if n.startswith(f"plane{plane}.")}
+        if form.plane_ratio == 1 or plane == 0:
+            scales = {n: own[n] for n in ("scales", "row_scales", "column_scales", "zones",
+                                          "columns") if n in own}
+            ratio = 1.0
+        else:
+            own |= scales
+            ratio = float(form.plane_ratio) ** -plane
+        term = _plane(own, form, compute).mul_(ratio)
+        if "columns" in own:
+            dense[:, own["columns"][0].long()] += term
+        else:
+            dense += term
+    if "shift" in named:
+        zones = named.get("plane0.zones")
+        dense += _per_column(named["shift"].to(compute), form.columns, form.group_size,
+                             None if zones is None else unpack_bits(zones, form.columns))
+    _replace_salient(dense, named, form, starts)
+    for chain in chains(form.names):
+        dense += _chain({n.split(".", 1)[1]: t for n, t in named.items()
+                         if n.startswith(f"chain{chain}.")}, form, compute)
+    if "low_rank.u" in named:
+        dense += named["low_rank.u"].to(compute) @ named["low_rank.v"][0].to(compute)
+    if "input_scales" in named:
+        dense *= named["input_scales"][0].to(compute)
+    return dense.to(dtype)
+
+
+def _plane(own: Tensors, form: Form, compute: torch.dtype) -> Tensor:
+    """Return codes times scales of one plane, [rows, covered columns]."""
+    covered = own["columns"].shape[-1] if "columns" in own else form.columns
+    codes = plane_codes(own, covered).to(compute)
+    if "scales" in own:
+        zones = unpack_bits(own["zones"], covered) if "zones" in own else None
+        return codes * _per_column(own["scales"].to(compute), covered, form.group_size, zones)
+    return codes * (own["row_scales"].to(compute) @ own["column_scales"][0].to(compute))
+
+
+def plane_codes(own: Tensors, columns: int) -> Tensor:
+    """Return the int8 codes [rows, columns] of a plane given as `signs` [+ `mask`] or `trits`."""
+    if "trits" in own:
+        return unpack_trits(own["trits"], columns)
+    codes = unpack_bits(own["signs"], columns).to(torch.int8) * 2 - 1
+    return codes * unpack_bits(own["mask"], columns) if "mask" in own else codes
+
+
+def _per_column(values: Tensor, columns: int, group_size: int, zones: Tensor | None) -> Tensor:
+    """Spread values [rows, G] (or [rows, 2G] with zones, zone 0 first) over the columns."""
+    group = torch.arange(columns, device=values.device) // group_size
+    if zones is None:
+        return values[:, group]
+    return values.gather(1, group + zones * (values.shape[-1] // 2))
+
+
+def _salient_starts(mask: Tensor) -> Tensor:
+    """Return for each row of a bitmap how many set bits come before it."""
+    counts = mask.sum(-1)
+    return counts.cumsum(0) - counts
+
+
+def _replace_salient(dense: Tensor, named: Tensors, form: Form, starts: Tensor | None) -> None:
+    """Put salient entries, scale * (value - zero), in the place of planes and shift."""
+    if "salient.values" not in named:
+        return
+    scales = named["salient.scales"].to(dense.dtype).unsqueeze(-1)
+    zeros = named["salient.zeros"].to(dense.dtype).unsqueeze(-1)
+    if "salient.columns" in named:
+        columns = named["salient.columns"][0].long()
+        dense[:, columns] = scales * (named["salient.values"].to(dense.dtype) - zeros)
+        return
+    mask = unpack_bits(named["salient.mask"], form.columns)
+    position = (starts.unsqueeze(-1) + mask.cumsum(-1) - 1).clamp_(min=0)
+    values = named["salient.values"][0]
+    if values.numel():
+        entries = scales * (values[position.clamp_(max=values.numel() - 1)].to(dense.dtype) - zeros)
+        torch.where(mask, entries, dense, out=dense)
+
+
+def _chain(own: Tensors, form: Form, compute: torch.dtype) -> Tensor:
+    """Return diag(a) L diag(c) R diag(b) as a dense matrix."""
+    rank = own["right"].shape[-2]
+    left = unpack_bits(own["left"], rank).to(compute) * 2 - 1
+    right = unpack_bits(own["right"][0], form.columns).to(compute) * 2 - 1
+    left = left * own["row_scales"].to(compute).unsqueeze(-1) * own["rank_scales"][0].to(compute)
+    return (left @ right) * own["column_scales"][0].to(compute)

@@ -1,0 +1,219 @@
+"""The dense model to start from: find its files, check them, build its skeleton, map its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import checkpoint
+from .targets import is_fused_experts
+
+log = logging.getLogger("bitlm")
+
+# What of a model's folder belongs to a packed copy of it besides config and weights.
+COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+              "spiece.model", "sentencepiece*", "*.tiktoken", "chat_template*", "preprocessor_config.json",
+              "processor_config.json", "generation_config.json", "modules.json",
+              "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/*",
+              "LICENSE*")
+
+
+class SourceError(ValueError):
+    """A model that cannot be read: the message names the file and the next step."""
+
+
+def resolve(model: str | os.PathLike, revision: str | None = None) -> Path:
+    """Return the local folder of a model: a path that exists, else the hub's copy, downloaded.
+
+    Raises SourceError for a path or id that cannot be had.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    text = str(model)
+    if path.exists():
+        raise SourceError(f"{text} is a file: give the folder that holds config.json")
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise SourceError(f"{text} does not exist: give a model folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
+    except HFValidationError:
+        raise SourceError(f"{text} is neither a folder here nor a valid hub id") from None
+    except HfHubHTTPError as error:
+        raise SourceError(f"{text} is not a folder here, and the hub says: "
+                          f"{str(error).splitlines()[0]}") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise SourceError(f"{text} is not a folder here, and the hub cannot be reached "
+                          f"({type(error).__name__}): check the name, the network, or HF_HUB_OFFLINE"
+                          ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors shards of a model folder.
+
+    Raises SourceError when there are none, or when the index names a file that is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(f"{index} is no shard index ({error}): download it again") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise SourceError(f"{index.name} names {missing[0]}, which is not in {folder}: "
+                              "download the missing shard")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    if pickles:
+        raise SourceError(f"{folder} holds its weights as pickle ({pickles[0]}), which is never read: "
+                          "convert it to safetensors first (load it with transformers, "
+                          "save_pretrained)")
+    raise SourceError(f"{folder} has no model.safetensors and no shard index: is it a model folder?")
+
+
+def read_config(folder: Path):
+    """Return the transformers config of a dense model folder.
+
+    Raises SourceError for a missing, broken or unknown config, and for a quantized model.
+    """
+    from transformers import AutoConfig
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json: is it a model folder?")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{folder / 'config.json'} cannot be read: "
+                          f"{str(error).strip().splitlines()[0]}") from None
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise SourceError(f"{folder} is already quantized ({how}): start from the dense model")
+    return config
+
+
+def model_class(config) -> type[nn.Module]:
+    """Return the transformers class that a config names, AutoModel's choice if it names none."""
+    import transformers
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    try:
+        return transformers.AutoModel._model_mapping[type(config)]
+    except KeyError:
+        raise SourceError(f"transformers {transformers.__version__} has no model for "
+                          f"{config.model_type!r}") from None
+
+
+def skeleton(config, dtype: torch.dtype) -> nn.Module:
+    """Return the model on the meta device, without memory, in `dtype`."""
+    with torch.device("meta"):
+        return model_class(config)._from_config(config, dtype=dtype)
+
+
+def stored_dtype(headers: dict) -> torch.dtype:
+    """Return the float dtype that most bytes of a checkpoint have."""
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, shape, _ in headers.values():
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + torch.Size(shape).numel() * dtype.itemsize
+    return max(sizes, key=sizes.get) if sizes else torch.float32
+
+
+def load(folder: Path, config) -> nn.Module:
+    """Return the dense model with its weights mapped from the files: memory only as it is touched.
+
+    Raises SourceError when planned weights are missing from the files.
+    """
+    cls = model_class(config)
+    with torch.device("meta"):
+        fused = any(is_fused_experts(module) for module in cls._from_config(config).modules())
+    with quiet():
+        options = {"dtype": "auto", "output_loading_info": True, "local_files_only": True}
+        if not fused:
+            model, info = cls.from_pretrained(folder, **options)
+        else:
+            # transformers joins the experts of such checkpoints into new tensors: on disk, here.
+            scratch = tempfile.TemporaryDirectory(prefix="bitlm-experts-")
+            model, info = cls.from_pretrained(folder, device_map={"": "disk"},
+                                              offload_folder=scratch.name, **options)
+            _map_offloaded(model)
+            model.bitlm_scratch = scratch  # lives as long as the mapped tensors
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise SourceError(f"{folder} lacks {missing[0]}"
+                          + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+                          + f" of {cls.__name__}: the checkpoint is not complete")
+    return model.eval().requires_grad_(False)
+
+
+def _map_offloaded(model: nn.Module) -> None:
+    """Replace accelerate's offload hooks by the mapped tensors that they would load."""
+    from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if isinstance(each, AlignDevicesHook) and each.offload:
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    if parameter.is_meta:
+                        module._parameters[name] = nn.Parameter(each.weights_map[name],
+                                                                requires_grad=False)
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    if buffer.is_meta:
+                        module._buffers[name] = each.weights_map[name]
+        if hook is not None:
+            remove_hook_from_module(module)
+    del model.hf_device_map
+    model.tie_weights()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and advice while the context lasts."""
+    from transformers.utils import logging as theirs
+    bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def fingerprint(folder: Path, files: list[Path]) -> str:
+    """Return a hash of the config, the shards' headers and samples of their data.
+
+    Cheap for large models, and different for any model that was retrained or replaced.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(length, 1 << 26)))
+            for part in range(16):
+                file.seek(size * part // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def read_headers(folder: Path) -> dict:
+    """Return checkpoint.read_headers of the model's shards."""
+    return checkpoint.read_headers(weight_files(folder))

@@ -1,0 +1,190 @@
+"""`PackedWeight`: the module that stands where a dense weight Parameter stood.
+
+As a module it owns the packed tensors, so that accelerate's offloading, the state dict, tied
+weights and transformers' own expert converters all see them; where model code looks at
+`layer.weight` (shape, dtype, matmul) it answers like the dense weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .ops.form import Form, check
+
+
+class TensorHolder(nn.Module):
+    """A module whose float tensors keep their stored dtype when the model is cast."""
+
+    # transformers' `init.*` functions skip what carries this mark: stored codes are never re-drawn.
+    _is_hf_initialized = True
+
+    def _apply(self, fn, recurse: bool = True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Term(TensorHolder):
+    """One term of a packed weight (a plane, a chain, the salient entries): its tensors by name."""
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return the tensors. Called as a module, so that offload hooks bring them first."""
+        return dict(self._parameters)
+
+
+class PackedWeight(TensorHolder):
+    """A weight as a sum of packed terms; the tensors are those of format version 1.
+
+    tensors: by format name without the weight's own name (`plane0.signs`). form: what the tensors
+    do not say. dtype: the dtype the dense weight had, which model code may ask for.
+    Raises ValueError naming every tensor that does not fit the form.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], form: Form, dtype: torch.dtype) -> None:
+        super().__init__()
+        problems = check(form, {n: tuple(t.shape) for n, t in tensors.items()},
+                         {n: t.dtype for n, t in tensors.items()})
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.form = form
+        self._dtype = dtype
+        for name in form.names:
+            term, _, leaf = name.rpartition(".")
+            if term and term not in self._modules:
+                self.add_module(term, Term())
+            owner = self._modules[term] if term else self
+            tensor = tensors[name]
+            if not isinstance(tensor, nn.Parameter):  # a tied weight shares the Parameters
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            owner.register_parameter(leaf, tensor)
+
+    # What model code asks of a weight -----------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        experts = (self.form.experts,) if self.form.experts else ()
+        return torch.Size((*experts, self.form.rows, self.form.columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def T(self) -> Tensor:  # noqa: N802 - torch's own name
+        return self.dequantize().T
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.dequantize() @ other
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        return other @ self.dequantize()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Dequantize where a torch function receives the weight itself, as in F.linear(x, weight)."""
+        dense = torch.utils._pytree.tree_map_only(cls, lambda w: w.dequantize(), (args, kwargs or {}))
+        return func(*dense[0], **dense[1])
+
+    # What it is ---------------------------------------------------------------------------------
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (format name, stored tensor) in the form's order, as they are (maybe on meta)."""
+        for name in self.form.names:
+            yield name, self.get_parameter(name)
+
+    def nbytes(self) -> int:
+        """Return the bytes of all stored tensors."""
+        return sum(t.numel() * t.element_size() for _, t in self.named_tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Return the stored tensors in the form's order, brought in by their offload hooks."""
+        terms = {name: module() if hasattr(module, "_hf_hook") else module._parameters
+                 for name, module in self._modules.items()}
+        found = []
+        for name in self.form.names:
+            term, _, leaf = name.rpartition(".")
+            found.append(terms[term][leaf] if term else self._parameters[leaf])
+        return found
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the dense weight, [N, K] or [E, N, K], in `dtype` (default: its own)."""
+        return ops.dequantize(self.tensors(), self.form.text, dtype or self._dtype)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
+        """Return x @ W.T + bias; for integer x the rows x of W, as an embedding does.
+
+        x: float [..., K] or int [...]. bias: [N] ([E, N] with experts). offsets: see
+        ops.reference.packed_linear. Callers must call the module, not this method: offload hooks
+        hang on the call.
+        """
+        if not x.is_floating_point():
+            return ops.packed_embedding(x, self.tensors(), self.form.text, self._dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return ops.packed_linear(x, self.tensors(), self.form.text, bias, offsets)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return (f"{list(self.shape)}, {', '.join(self.form.names)}, "
+                f"group_size={self.form.group_size}")
+
+
+def stack_experts(weights: list[PackedWeight], parts: int = 1) -> PackedWeight:
+    """Stack the packed weights of a fused experts tensor, expert by expert, its parts in order.
+
+    `weights` holds E * parts weights of one part each. Salient values are padded to the largest
+    count. Scales become float32 for all where one expert needed it.
+    """
+    first = weights[0].form
+    experts = len(weights) // parts
+    tensors = {}
+    for name in first.names:
+        pieces = [weight.get_parameter(name).detach() for weight in weights]
+        dtype = torch.float32 if any(p.dtype == torch.float32 for p in pieces) else pieces[0].dtype
+        if name == "salient.values" and "salient.columns" not in first.names:
+            longest = max(piece.shape[-1] for piece in pieces)
+            pieces = [nn.functional.pad(p, (0, longest - p.shape[-1])) for p in pieces]
+        joined = [torch.cat(pieces[e * parts:(e + 1) * parts]) for e in range(experts)]
+        tensors[name] = torch.stack(joined).to(dtype)
+    form = Form(first.rows * parts, first.columns, first.names, first.group_size,
+                first.plane_ratio, parts, experts)
+    return PackedWeight(tensors, form, weights[0].dtype)
+
+
+def from_encoded(tensors: dict[str, Tensor], shape: tuple[int, int], group_size: int,
+                 plane_ratio: int, dtype: torch.dtype) -> PackedWeight:
+    """Return the PackedWeight of one encoded matrix [N, K]."""
+    return PackedWeight(tensors, Form(*shape, tuple(tensors), group_size, plane_ratio), dtype)
+
+
+__all__ = ["PackedWeight", "Term", "from_encoded", "stack_experts"]

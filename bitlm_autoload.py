@@ -1,0 +1,103 @@
+"""Registers bitlm with transformers as soon as that is there, without loading either.
+
+`import bitlm` uses this, and so does `import torch` where bitlm is installed: an entry point of
+the group `torch.backends` names `hook`, so that packed checkpoints open without `import bitlm`.
+The module stands outside of the package because torch is half imported when it calls the hook, and
+a stale entry point must find something that does not need the package.
+TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns the hook off.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+REGISTRY = "transformers.quantizers.auto"
+# What must not be half imported when `bitlm.hf` is: that imports both.
+NEEDED = ("torch", "transformers.modeling_utils")
+# The modules after which registering is tried. The registry alone would do, but where it is loaded
+# by modeling_utils that must finish first, and may have been begun before the watcher came.
+WATCHED = (REGISTRY, "transformers.modeling_utils", "transformers.models.auto.auto_factory")
+
+
+class Watcher:
+    """An import finder that finds nothing itself but tries `register` after watched modules."""
+
+    def find_spec(self, name, path=None, target=None):
+        late = name.startswith("transformers.") and _ready(REGISTRY)
+        if not late and name not in WATCHED:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find else None
+            if spec is not None:
+                _try_after(spec.loader)
+                return spec
+        return None
+
+
+def _try_after(loader) -> None:
+    """Make a loader try to register once its module has run."""
+    run = getattr(loader, "exec_module", None)
+
+    def exec_module(module):
+        run(module)
+        del loader.exec_module
+        if _settled(module.__name__):
+            register()
+
+    if run is not None and hasattr(loader, "__dict__"):
+        loader.exec_module = exec_module
+
+
+def _ready(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
+def _settled(finished: str = "") -> bool:
+    """Tell whether the registry is there and nothing needed is half imported.
+
+    finished: a module that has run but does not look it yet.
+    """
+    halves = [name for name in (REGISTRY, *NEEDED)
+              if name in sys.modules and name != finished and not _ready(name)]
+    return REGISTRY in sys.modules and not halves
+
+
+def install() -> None:
+    """Register now if transformers' registry is loaded, else once it is."""
+    if not (_settled() and register()):
+        watch()
+
+
+def watch() -> None:
+    """Put the watcher in front of the import finders, once."""
+    if not any(isinstance(finder, Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Watcher())
+
+
+def register() -> bool:
+    """Register bitlm with transformers and take the watcher away; tell whether it was possible.
+
+    Never raises: an installation whose package is gone must not break transformers.
+    """
+    try:
+        import bitlm.hf
+
+        bitlm.hf.register()
+    except Exception as error:
+        gone = isinstance(error, ModuleNotFoundError) and error.name == "bitlm"
+        logging.getLogger("bitlm").log(logging.DEBUG if gone else logging.WARNING,
+                                       "bitlm is not registered with transformers: %r", error)
+        return False
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Watcher)]
+    return True
+
+
+def hook() -> None:
+    """Entry point of `torch.backends`: watch for transformers. Imports nothing, never raises."""
+    try:
+        watch()
+    except Exception as error:
+        logging.getLogger("bitlm").debug("no autoload: %r", error)

@@ -1,0 +1,59 @@
+"""`BitlmConfig`: plain JSON in and out, and clear words for what it is not."""
+
+import json
+
+import pytest
+
+from bitlm import Scheme
+from bitlm.hf import BitlmConfig
+from bitlm.scheme import PRESETS, SchemeError
+
+
+def test_presets_schemes_and_dicts_say_the_same():
+    scheme = PRESETS["ternary"]
+    configs = [BitlmConfig("ternary"), BitlmConfig(scheme), BitlmConfig(scheme.to_dict())]
+    assert len({config.to_json_string() for config in configs}) == 1
+    assert configs[0].request.scheme == scheme
+
+
+def test_roundtrip_through_json():
+    config = BitlmConfig(Scheme(planes=2), skip=["lm_head"], embeddings=8, source="org/model",
+                         overrides={"down_proj": {"planes": 3}}, metadata={"note": [1, 2]},
+                         calibration={"tokens": 1024})
+    again = BitlmConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    assert again.request == config.request
+    assert again.request.embeddings == Scheme(method="grid", planes=8, center="shift")
+    assert set(config.to_dict()) == {
+        "quant_method", "format_version", "stage", "scheme", "overrides", "skip", "embeddings",
+        "producer", "source", "calibration", "metadata"}
+
+
+def test_embeddings_in_every_spelling():
+    assert BitlmConfig(embeddings=None).request.embeddings is None
+    assert BitlmConfig(embeddings=1).request.embeddings == Scheme()
+    assert BitlmConfig(embeddings=Scheme(planes=4)).request.embeddings == Scheme(planes=4)
+    with pytest.raises(ValueError, match="how many bits"):
+        BitlmConfig(embeddings=True)
+    with pytest.raises(SchemeError, match="1 .binary. or 2 to 8"):
+        BitlmConfig(embeddings=9)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"format_version": 2}, "needs format version 2, bitlm .* reads up to 1: pip install -U bitlm"),
+    ({"format_version": "1"}, "whole number"),
+    ({"groupsize": 1}, "unknown key 'groupsize'.*metadata"),
+    ({"stage": "done"}, "packed, training"),
+    ({"scheme": "octal"}, "unknown preset"),
+    ({"scheme": {"plane": 1}}, "unknown scheme key 'plane'"),
+    ({"overrides": {"mlp": {"plane": 1}}}, "unknown scheme key 'plane'"),
+    ({"skip": "lm_head"}, "list of regular expressions"),
+])
+def test_what_it_refuses(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        BitlmConfig(**arguments)
+
+
+def test_a_newer_version_is_said_before_its_unknown_keys():
+    with pytest.raises(ValueError, match="pip install -U bitlm"):
+        BitlmConfig.from_dict({"quant_method": "bitlm", "format_version": 9, "novelty": 1})
