@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import source, verdict
+from . import __version__, source, verdict
 from .calibration.blocks import find_blocks
 from .calibration.replay import Replay
 from .calibration.statistics import Collector
@@ -36,7 +36,6 @@ from .report import Layer, Report, mib
 from .scheme import DEFAULT_PRESET, Scheme, embedding_scheme, preset as preset_named
 from .weight import PackedWeight
 
-VERSION = "0.1.0"
 CALIBRATION_TOKENS = 32768
 CALIBRATION_LENGTH = 512
 BATCH_TOKENS = 2048
@@ -166,7 +165,7 @@ def quantize(model: str | os.PathLike, preset: str | None = None, *, out: str | 
     with _whole(out, overwrite) as part:
         run.install_all()
         _attach(dense, request, model, calibration)
-        with _space():
+        with _space(), source.quiet():
             dense.save_pretrained(part)
         _copy_companions(folder, part)
         clock.lap("write")
@@ -198,12 +197,10 @@ def pack(model: nn.Module, scheme: Scheme | str | None = None, *, skip: tuple[st
                            overrides=overrides, embeddings=embeddings)
     plan = make_plan(model, request)
     _check_statistics(plan, None)
-    weights: dict[str, PackedWeight] = {}
     for entry in plan.entries:
-        if not entry.target.tied:
+        if not entry.target.tied:  # the others get the same tensors when the model is attached
             dense, transposed = _dense(model, entry)
-            weights[entry.name] = pack_weight(entry, dense, None, transposed).weight
-    _install(model, plan, weights)
+            install(model, entry.name, pack_weight(entry, dense, None, transposed).weight)
     _attach(model, request, getattr(model.config, "_name_or_path", ""), None)
     return model
 
@@ -303,12 +300,10 @@ class _Run:
 
     def install_all(self) -> None:
         """Put the packed weights, mapped from the work folder, in the place of the dense ones."""
-        weights = {}
         for unit, names in self.units.items():
             tensors, _ = self.job.read(self.number[unit])
-            weights |= {name: _weight(self.entries[name], tensors, self._dtype(name))
-                        for name in names}
-        _install(self.model, self.plan, weights)
+            for name in names:
+                install(self.model, name, _weight(self.entries[name], tensors, self._dtype(name)))
 
     def _collect(self, unit: str, observe: Callable[[Collector], None]) -> Collector | None:
         targets = [self.entries[name].target for name in self.units[unit]
@@ -402,21 +397,13 @@ def _dense(model: nn.Module, entry: Entry) -> tuple[Tensor, bool]:
     return getattr(module, leaf).detach(), transposed
 
 
-def _install(model: nn.Module, plan: Plan, weights: dict[str, PackedWeight]) -> None:
-    for entry in plan.entries:
-        weight = weights[entry.target.tied or entry.name]
-        if entry.target.tied:  # a module of its own around the same Parameters
-            weight = PackedWeight(dict(weight.named_tensors()), weight.form, weight.dtype)
-        install(model, entry.name, weight)
-
-
 def _attach(model: nn.Module, request: Request, name: str | os.PathLike,
             calibration: Calibration | None) -> None:
     from .hf import attach
     from .hf.config import BitlmConfig
     attach(model, BitlmConfig(
         request.scheme, overrides=request.overrides, skip=list(request.skip),
-        embeddings=request.embeddings, producer=f"bitlm {VERSION}", source=Path(name).name,
+        embeddings=request.embeddings, producer=f"bitlm {__version__}", source=Path(name).name,
         calibration=calibration.to_dict() | {"source": Path(calibration.source).name}
         if calibration else None))
 
@@ -456,7 +443,7 @@ def _check_out(out: Path, folder: Path, overwrite: bool) -> None:
 
 def _identity(folder: Path, files: list[Path], request: Request,
               calibration: Calibration | None) -> dict[str, Any]:
-    return {"version": VERSION, "source": source.fingerprint(folder, files),
+    return {"version": __version__, "source": source.fingerprint(folder, files),
             "scheme": request.scheme.to_dict(), "overrides": request.overrides,
             "skip": list(request.skip),
             "embeddings": request.embeddings.to_dict() if request.embeddings else None,
@@ -483,7 +470,7 @@ def _report(run: _Run, model: str, out: Path, request: Request, calibration: Cal
                   plan.dense_numel, plan.source_bytes,
                   calibration.to_dict() if calibration else None, warnings=warnings,
                   command=command or f"bitlm quantize {Path(model).name}",
-                  producer=f"bitlm {VERSION}")
+                  producer=f"bitlm {__version__}")
 
 
 def _advised(measured: verdict.Verdict, folder: Path, request: Request,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -63,27 +62,14 @@ def resolve(model: str | os.PathLike, revision: str | None = None) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors shards of a model folder.
 
-    Raises SourceError when there are none, or when the index names a file that is missing.
+    Raises SourceError where there is only pickle, CheckpointError where files are missing.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{index} is no shard index ({error}): download it again") from None
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise SourceError(f"{index.name} names {missing[0]}, which is not in {folder}: "
-                              "download the missing shard")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-    if pickles:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles and not any(folder.glob("*.safetensors*")):
         raise SourceError(f"{folder} holds its weights as pickle ({pickles[0]}), which is never read: "
                           "convert it to safetensors first (load it with transformers, "
                           "save_pretrained)")
-    raise SourceError(f"{folder} has no model.safetensors and no shard index: is it a model folder?")
+    return [Path(name) for name in checkpoint.checkpoint_files(folder)]
 
 
 def read_config(folder: Path):
@@ -128,9 +114,10 @@ def skeleton(config, dtype: torch.dtype) -> nn.Module:
 def stored_dtype(headers: dict) -> torch.dtype:
     """Return the float dtype that most bytes of a checkpoint have."""
     sizes: dict[torch.dtype, int] = {}
-    for dtype, shape, _ in headers.values():
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + torch.Size(shape).numel() * dtype.itemsize
+    for header in headers.values():
+        if header.dtype.is_floating_point:
+            size = torch.Size(header.shape).numel() * header.dtype.itemsize
+            sizes[header.dtype] = sizes.get(header.dtype, 0) + size
     return max(sizes, key=sizes.get) if sizes else torch.float32
 
 

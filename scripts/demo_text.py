@@ -256,7 +256,8 @@ def pick_person(rng: random.Random, suffix: str, taken: Container[str]) -> dict[
     kind = child if rng.random() < 0.15 else rng.choice(list(ANIMALS))
     home, food, _, skill, part = ANIMALS.get(kind, CHILD)
     pronouns = ("she", "her", "her") if female else ("he", "him", "his")
-    values = dict(zip(("he", "him", "his"), pronouns), name=name, kind=kind, home=home)
+    values = dict(zip(("he", "him", "his"), pronouns, strict=True))
+    values |= {"name": name, "kind": kind, "home": home}
     values |= {"He": pronouns[0].capitalize(), "His": pronouns[2].capitalize()}
     values |= {"food": food, "skill": skill, "part": part}
     return {key + suffix: value for key, value in values.items()}
@@ -267,7 +268,7 @@ def pick_cast(rng: random.Random) -> dict[str, str]:
     cast = pick_person(rng, "", ())
     cast |= pick_person(rng, "2", (cast["name"],))
     places = rng.sample(list(PLACES), 2)
-    for suffix, place in zip(("", "2"), places):
+    for suffix, place in zip(("", "2"), places, strict=True):
         cast |= {"place" + suffix: place, "at" + suffix: PLACES[place]}
     cast["thing"], cast["thing2"] = rng.sample(TOYS, 2)
     cast["hue"], cast["hue2"] = rng.sample(COLOURS, 2)
@@ -275,7 +276,8 @@ def pick_cast(rng: random.Random) -> dict[str, str]:
     for number, item in enumerate(rng.sample(list(ITEMS), 3), start=1):
         cast |= {f"item{number}": item, f"use{number}": ITEMS[item]}
     weather = rng.choice(list(WEATHER))
-    cast |= dict(zip(("sky", "feel", "wish"), WEATHER[weather]), weather=weather)
+    cast |= zip(("sky", "feel", "wish"), WEATHER[weather], strict=True)
+    cast["weather"] = weather
     first, second = rng.randint(2, 6), rng.randint(2, 6)
     cast |= {"crop": rng.choice(CROPS), "day": rng.choice(DAYS)}
     cast |= {"n1": NUMBERS[first], "n2": NUMBERS[second], "sum": NUMBERS[first + second]}

@@ -111,7 +111,7 @@ def _looks_like_path(source: str) -> bool:
 
 def _read_file(path: Path, field: str) -> Iterator[str]:
     name = path.name.lower()
-    if path.stat().st_size == 0:
+    if path.is_file() and path.stat().st_size == 0:  # a pipe has no size
         raise TextError(f"{path} is empty")
     if name.endswith(".parquet"):
         return _read_parquet(path, field)

@@ -64,7 +64,7 @@ def demo(
 
     start = time.perf_counter()
     with _folder(out) as folder, progress_bar("demo") as progress:
-        results = run(folder, progress)
+        results = run(folder, progress, VARIANTS)
     screen = console()
     screen.print(table(("a small Llama", "bits/weight packed", "whole file", "file KiB",
                         "perplexity", "KL to dense", "top-1", "tokens/s"),
@@ -72,7 +72,7 @@ def demo(
     screen.print("", f'What each of them makes of "{PROMPT}":')
     for result in results:
         screen.print(f"\n[bold]{result.title}[/]")
-        screen.print(result.text, markup=False)
+        screen.print(result.text, markup=False, soft_wrap=True)
     seconds = time.perf_counter() - start
     screen.print("", f"{len(results) - 1} models packed, written, reloaded with "
                      f"AutoModelForCausalLM.from_pretrained and measured in {seconds:.0f} s.")
@@ -80,7 +80,7 @@ def demo(
         screen.print(f"They are in {out}: try `bitlm chat {out / 'chat'}`.")
 
 
-def run(folder: Path, progress: Any, variants: tuple[Variant, ...] = VARIANTS) -> list[Result]:
+def run(folder: Path, progress: Any, variants: tuple[Variant, ...]) -> list[Result]:
     """Write the dense model and the variants into `folder` and return a row for each.
 
     progress: called with (models done, models).

@@ -56,10 +56,13 @@ def load_model(model: str | Path, dtype: Any = "auto") -> tuple[nn.Module, Any |
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """Return the tokenizer of a model folder, None where it has none or not a usable one."""
+    """Return the tokenizer of a model folder, None where it has none.
+
+    Raises LoadError for one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    if not any(folder.glob(pattern) for pattern in ("tokenizer*", "vocab*", "spiece.model")):
+    if not any(next(folder.glob(name), None) for name in ("tokenizer*", "vocab*", "spiece.model")):
         return None
     try:
         with quiet():

@@ -77,6 +77,10 @@ class BitlmConfig(QuantizationConfigMixin):
         embeddings = None if self.embeddings is None else Scheme.from_dict(self.embeddings)
         return Request(Scheme.from_dict(self.scheme), self.overrides, tuple(self.skip), embeddings)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value as a dict would: transformers reads the config of a loaded model so."""
+        return getattr(self, key, default)
+
 
 def _scheme(value: str | Scheme | dict[str, Any]) -> Scheme:
     if isinstance(value, Scheme):

@@ -23,7 +23,8 @@ from ..plan import Entry, make_plan
 from ..targets import EXPERT_LEAVES
 from . import skeleton
 from .experts import use_packed_experts
-from .tying import install_twins, rewrite_tied_keys
+from .order import put_dense_first
+from .tying import install_twins, rewrite_tied_keys, tied_group
 
 logger = logging.getLogger("bitlm")
 
@@ -119,7 +120,8 @@ class BitlmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.errors:
-            raise RuntimeError("some weights could not be packed:\n  " + "\n  ".join(self.errors))
+            raise ValueError(f"{len(self.errors)} weights could not be packed:\n  "
+                             + "\n  ".join(self.errors[:5]))
         refuse_tensor_parallel(model)
         if self.pre_quantized:
             check_loaded(model)
@@ -167,6 +169,7 @@ class BitlmQuantizer(HfQuantizer):
                 parameter.requires_grad_(False)
         use_packed_experts(model)
         refuse_resizing(model)
+        put_dense_first(model)
         self.tensor_names = tensor_names(model)
         if not self.pre_quantized:
             self.pre_quantized = True
@@ -175,8 +178,9 @@ class BitlmQuantizer(HfQuantizer):
     def attach(self, model: PreTrainedModel) -> None:
         """Make a model that was packed in memory like one that `from_pretrained` returned."""
         skip = tuple(self.quantization_config.skip)
-        for name in list(packed_weights(model)):
-            install_twins(model, name, skip)
+        for name in packed_weights(model):
+            if tied_group(model, name)[0] == name:
+                install_twins(model, name, skip)
         rewrite_tied_keys(model)
         model.tie_weights(recompute_mapping=False)
         model.hf_quantizer = self
@@ -207,10 +211,10 @@ class Encode(ConversionOps):
             dense = value[0] if isinstance(value, list) else value
             try:
                 done = self.quantizer.pack(model, name, dense)
-            except Exception as error:
-                # transformers makes a line of its report of this; it is raised again at the end.
-                self.quantizer.errors.append(f"{name}: {error}")
-                raise
+            except ValueError as error:
+                # Raised here it would become a line of transformers' report: raised at the end.
+                self.quantizer.errors.append(str(error))
+                continue
             if missing_keys is not None:
                 missing_keys.difference_update(done)
         return rest

@@ -52,8 +52,11 @@ def install_twins(model: PreTrainedModel, name: str, skip: tuple[str, ...] = ())
     twins = [other for other in tied_group(model, name)
              if other != name and not any(re.search(pattern, other) for pattern in skip)]
     for other in twins:
-        if not isinstance(model.get_submodule(other.rpartition(".")[0]).weight, PackedWeight):
+        owner = model.get_submodule(other.rpartition(".")[0])
+        if not isinstance(owner.weight, PackedWeight):
             install(model, other, twin(weight))
+        elif owner.weight.form != weight.form:
+            owner.weight = twin(weight)
     rewrite_tied_keys(model)
     return twins
 

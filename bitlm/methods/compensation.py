@@ -7,7 +7,7 @@ With H = X^T X damped and U upper triangular, U^T U = H^-1:
 Updates inside a block of columns are made at once, those of later columns once per block.
 
 A dead column (H_jj = 0: no calibration input reached it) keeps its weights: it gets the damping
-alone, so it is rounded to nearest, exchanges no error and is never salient by the Hessian metric.
+alone, so it is rounded to nearest, exchanges no error and scores low in the Hessian metric.
 GPTQ zeroes such columns; sign planes cannot hold zeros, and other texts may reach the column.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from .registry import EncodeError
 
 BLOCK = 128
-ATTEMPTS = 6  # damping grows tenfold with each
+ATTEMPTS = 3  # damping grows tenfold with each
 
 
 def factor(hessian: Tensor, damp: float, name: str) -> Tensor:

@@ -24,6 +24,7 @@ from .salience import HALF_RANGE, Salient
 # Weights encoded at a time: on a CPU a few float32 temporaries should stay in the cache.
 CHUNK = {"cpu": 1 << 17}
 CHUNK_ELSEWHERE = 1 << 21
+LEVELS_PER_WEIGHT = 4  # the tables of a refit take some 64 bytes per level
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _check_weight(weight: Tensor, name: str) -> None:
     sums = [weight[rows].float().sum() for rows in _chunks(weight)]
     if bool(torch.isfinite(torch.stack(sums)).all()):
         return
-    bad = sum(int((~torch.isfinite(weight[rows].float())).sum()) for rows in _chunks(weight))
+    bad = sum(int((~torch.isfinite(weight[rows].double())).sum()) for rows in _chunks(weight))
     if bad:
         raise EncodeError(f"{name} has {bad} NaN or infinite values: repair the checkpoint or "
                           "leave it out with --skip")
@@ -343,11 +344,12 @@ def _by_rows(job: _Job, out: _Tensors, errors: _Errors) -> None:
 
 
 def _memory(job: _Job) -> float:
-    """Return roughly how much more memory a weight takes than with one greedy plane."""
+    """Return how much smaller than usual a chunk must be, for the tables of levels of a refit."""
     scheme = job.scheme
-    levels = 2.0 ** scheme.planes if job.method.codes == "binary" else 3.0 ** scheme.planes
-    tables = 0.0 if scheme.plane_ratio != 1 else levels * (2 + scheme.planes) / job.group_size
-    return (3 + tables if scheme.refit else 1) + scheme.planes / 8
+    if not scheme.refit or scheme.plane_ratio != 1:
+        return 1
+    levels = (2.0 if job.method.codes == "binary" else 3.0) ** scheme.planes
+    return max(1, levels / job.group_size / LEVELS_PER_WEIGHT)
 
 
 def _compensated(job: _Job, factor: Tensor, out: _Tensors, errors: _Errors) -> None:
@@ -382,7 +384,9 @@ def _compensated(job: _Job, factor: Tensor, out: _Tensors, errors: _Errors) -> N
 
     compensation.compensate(dense, factor, size, quantize)
     for rows in _chunks(job.weight):
-        out.put_codes(rows, codes[:, :, rows].transpose(1, 2))
+        # A clone, since packing needs ordinary strides even where N is 1.
+        by_row = codes[:, :, rows].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        out.put_codes(rows, by_row)
         if salient is not None:
             out.put_salient(rows, eight[:, rows].T)
         errors.add(job.weight[rows].float(), dense[:, rows].T.contiguous())

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..scheme import Scheme
 from .registry import Fit
 
-# (rest [R, c], mask or None, scheme) -> scale [R, 1] and cut [R, 1] or None for 0
+# (rest [R, c], mask or None, scheme) -> scale [R, 1] and cut [R, 1], None for midway
 Rule = Callable[[Tensor, Tensor | None, Scheme], tuple[Tensor, Tensor | None]]
 
 # Comparing with each midpoint beats a search while there are few levels.
@@ -63,9 +63,8 @@ def binary_code(rest: Tensor, cut: Tensor | None) -> Tensor:
     return above.to(torch.int8).mul_(2).sub_(1)
 
 
-def ternary_code(rest: Tensor, cut: Tensor | None) -> Tensor:
+def ternary_code(rest: Tensor, cut: Tensor) -> Tensor:
     """Return int8 codes: the sign of entries beyond +-cut, else 0."""
-    cut = 0 if cut is None else cut
     return (rest > cut).to(torch.int8).sub_((rest < -cut).to(torch.int8))
 
 
@@ -74,7 +73,11 @@ class Alphabet:
     """The codes of a plane, and how one order of the greedy residual assigns them."""
 
     digits: tuple[int, ...]
-    code: Callable[[Tensor, Tensor | None], Tensor]
+    code: Callable[..., Tensor]  # (rest, cut) -> int8 codes
+
+    def middle(self, scale: Tensor) -> Tensor | None:
+        """Return the cut midway between the levels of one plane, None for 0."""
+        return scale / 2 if 0 in self.digits else None
 
     @cache  # noqa: B019  (two instances, both live as long as the module)
     def combinations(self, planes: int) -> Tensor:
@@ -95,7 +98,7 @@ class Order:
 
     offset: Tensor | None
     cut: Tensor | None
-    scale: Tensor | None
+    scale: Tensor
 
 
 def assign_in_order(orders: list[Order], alphabet: Alphabet) -> Callable[[Tensor], Tensor]:
@@ -130,6 +133,7 @@ def greedy(weights: Tensor, mask: Tensor | None, scheme: Scheme, dtype: torch.dt
             rest = rest - offset
         scale, cut = rule(rest, mask, scheme)
         scale = stored(scale, dtype)
+        cut = alphabet.middle(scale) if cut is None else cut
         orders.append(Order(offset, cut, scale))
         if plane + 1 < scheme.planes:
             rest = rest - alphabet.code(rest, cut) * scale
@@ -140,8 +144,11 @@ def greedy(weights: Tensor, mask: Tensor | None, scheme: Scheme, dtype: torch.dt
 # --- nearest level -------------------------------------------------------------------------------
 
 def sorted_levels(scales: Tensor, shift: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the levels [R, L] in rising order and the combination of codes of each."""
-    levels = scales @ table.to(scales)
+    """Return the levels [R, L] in rising order and the combination of codes of each.
+
+    table: the combinations [P, L], float32.
+    """
+    levels = scales @ table
     if shift is not None:
         levels += shift
     return levels.sort(dim=-1, stable=True)
@@ -155,7 +162,7 @@ def assign_nearest(scales: Tensor, shift: Tensor | None, alphabet: Alphabet,
                    ) -> Callable[[Tensor], Tensor]:
     """Return the assignment of the nearest level; a weight midway takes the upper one."""
     table = alphabet.combinations(scales.shape[1]).to(scales.device)
-    levels, order = sorted_levels(scales, shift, table)
+    levels, order = sorted_levels(scales, shift, table.float())
     middle = midpoints(levels)
 
     def assign(weights: Tensor) -> Tensor:
@@ -174,8 +181,8 @@ def nearest(scales: Tensor, shift: Tensor | None, alphabet: Alphabet) -> Fit:
     """Return the Fit with these levels in which every weight takes the nearest one."""
     if scales.shape[1] > 1:
         return Fit(scales, shift, assign_nearest(scales, shift, alphabet))
-    cut = None if alphabet is BINARY else scales / 2
-    return Fit(scales, shift, assign_in_order([Order(shift, cut, scales)], alphabet))
+    order = Order(shift, alphabet.middle(scales), scales)
+    return Fit(scales, shift, assign_in_order([order], alphabet))
 
 
 # --- least squares -------------------------------------------------------------------------------
@@ -226,13 +233,12 @@ def _prefix(values: Tensor) -> Tensor:
 
 
 def least_squares(counts: Tensor, sums: Tensor, table: Tensor, now: Tensor) -> Tensor:
-    """Return the coefficients [R, n] that minimise sum_l counts_l (table_l . x)^2 - 2 sums_l ...
+    """Return the x [R, n] that minimise sum_l counts_l (table_l . x)^2 - 2 sums_l (table_l . x).
 
-    counts, sums: float64 [R, L] of the weights that have each combination of codes; table: [n, L].
-    Where codes do not determine a coefficient it stays near its value in `now` [R, n].
+    counts, sums: [R, L], of the weights that have each combination of codes; table: [n, L]; all
+    float64. Where codes do not determine a coefficient it stays near its value in `now` [R, n].
     """
     n = len(table)
-    table = table.to(torch.float64)
     gram = (counts @ (table.unsqueeze(0) * table.unsqueeze(1)).flatten(0, 1).T).unflatten(1, (n, n))
     ridge = counts.sum(1).mul_(1e-9).clamp_(min=1e-9)
     gram.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
@@ -260,10 +266,11 @@ def alternate(rows: SortedRows, scales: Tensor, shift: Tensor | None, rounds: in
               dtype: torch.dtype, codes: Tensor) -> Levels:
     """Alternate nearest codes and least-squares scales; return each row's best levels.
 
-    codes: the combinations [P, L] of the alphabet.
+    codes: the combinations [P, L] of the alphabet, float32.
     """
     planes = scales.shape[1]
     table = codes if shift is None else torch.cat([codes, torch.ones_like(codes[:1])])
+    table = table.double()
     best = None
     for turn in range(rounds + 1):
         levels, order = sorted_levels(scales, shift, codes)
@@ -303,10 +310,10 @@ def refit(weights: Tensor, mask: Tensor | None, scales: Tensor, shift: Tensor | 
     """Return the (scales, shift) that alternation reaches from the given ones, or better.
 
     The greedy residual is a poor start for several planes in rows with outliers: a second start,
-    from evenly spaced levels, halves the output error of some layers (and never costs any).
+    from evenly spaced levels, halves the output error of some layers; each row keeps the better.
     """
     planes = scales.shape[1]
-    codes = alphabet.combinations(planes).to(scales.device)
+    codes = alphabet.combinations(planes).to(scales)
     rows = SortedRows(weights, mask)
     best = alternate(rows, scales, shift, rounds, dtype, codes)
     if planes > 1:

@@ -52,16 +52,17 @@ def choose(weight: Tensor, scheme: Scheme, group_size: int,
     """
     columns = weight.shape[1]
     width = columns if scheme.salient_scope == "tensor" else group_size
-    parts = []
+    whole = scheme.salient_layout == "columns"
+    mask = torch.empty(weight.shape[1:] if whole else weight.shape, dtype=torch.bool,
+                       device=weight.device)
     for start in range(0, columns, width):
         score = weight[:, start:start + width].to(torch.float32).abs()
         if scheme.salient_metric == "hessian":
             score.div_(diagonal[start:start + width]).square_()
-        if scheme.salient_layout == "columns":
+        if whole:
             score = score.sum(0, dtype=torch.float64)
-        parts.append(largest(score, round(scheme.salient * score.numel())))
-    mask = torch.cat(parts, dim=-1)
-    if scheme.salient_layout == "columns":
+        mask[..., start:start + width] = largest(score, round(scheme.salient * score.numel()))
+    if whole:
         return mask.expand(weight.shape), mask.nonzero().squeeze(1)
     return mask, None
 

@@ -20,15 +20,14 @@ from .registry import Fit, no_salient, register
 MOST_REFITTED = 4  # 3**planes levels per group
 
 
-def rule(rest: Tensor, mask: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def rule(rest: Tensor, mask: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     size = rest.abs()
     average = mean(size, mask)
     if scheme.levels == "twn":
         cut = 0.7 * average
         beyond = size > cut
         return mean(size, beyond if mask is None else beyond * mask), cut
-    scale = average * (4 / 3) if scheme.levels == "tbt" else average
-    return scale, scale / 2
+    return average * (4 / 3) if scheme.levels == "tbt" else average, None
 
 
 def check(scheme: Scheme) -> str | None:

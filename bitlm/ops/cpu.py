@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import ceil
 
 import torch
@@ -146,14 +146,15 @@ def _unsupported_dtype(dtype: torch.dtype) -> str | None:
     return f"{str(dtype).removeprefix('torch.')} inputs have no kernel"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unsupported_form(form: Form) -> str | None:
     if form.experts:
         return "experts have no kernel yet"
     for name in form.names:
         key = kind(name)
         if key not in _TENSORS:
-            return f"{_REASONS.get(key) or _REASONS.get(key.split('.')[0], name)} have no kernel yet"
+            what = _REASONS.get(key) or _REASONS.get(key.split(".")[0], name)
+            return f"{what} have no kernel yet"
     numbers = planes(form.names)
     if not 1 <= len(numbers) <= _MAX_PLANES:
         return f"{len(numbers)} planes have no kernel, 1 to {_MAX_PLANES} have"
@@ -170,7 +171,7 @@ def _unsupported_form(form: Form) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _layout(text: str) -> _Layout | None:
     """Return where the tensors of a form go, or None when it goes to the reference."""
     form = parse(text)
@@ -180,8 +181,8 @@ def _layout(text: str) -> _Layout | None:
     layouts = []
     for number in planes(form.names):
         shared = form.plane_ratio != 1 and number != 0
-        layouts.append((*(place.get(f"plane{number}.{part}") for part in ("signs", "mask", "trits")),
-                        place[f"plane{0 if shared else number}.scales"],
+        codes = (place.get(f"plane{number}.{part}") for part in ("signs", "mask", "trits"))
+        layouts.append((*codes, place[f"plane{0 if shared else number}.scales"],
                         float(form.plane_ratio) ** -number if shared else 1.0))
     widths = {"plane.signs": ceil(form.columns / 8), "plane.mask": ceil(form.columns / 8),
               "plane.trits": ceil(form.columns / 5), "plane.scales": form.groups,

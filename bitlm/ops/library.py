@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 ABI_VERSION = 1
@@ -24,7 +24,7 @@ class Loaded:
     reason: str | None
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str = "bitlm_cpu") -> Loaded:
     """Load the library `name` that lies beside the package; never raises."""
     path = _find(f"{_PREFIX}{name}{_SUFFIX}")

@@ -70,7 +70,8 @@ def copies_of(size: int, cold_mib: int) -> int:
     return max(1, ceil(cold_mib * 2**20 / size))
 
 
-def torch_engines(rows: int, columns: int, x: Tensor, cold_mib: int, names: set[str]) -> list[Engine]:
+def torch_engines(rows: int, columns: int, x: Tensor, cold_mib: int,
+                  names: set[str]) -> list[Engine]:
     """Return nn.Linear in float32 and bfloat16 and torch's dynamic int8 layer."""
     engines = []
     for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):

@@ -59,7 +59,7 @@ def test_on_the_fly_errors_are_raised(tmp_path):
     with torch.no_grad():
         dense.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     dense.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="1 weights could not be packed:\n.*up_proj.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitlmConfig())
 
 

@@ -1,0 +1,36 @@
+import pytest
+
+
+def test_greedy_text_to_stdout_and_speed_to_stderr(run, zoo):
+    first, again = (run("generate", zoo / "packed", "-p", "The quick", "--max-new-tokens", 6)
+                    for _ in range(2))
+    assert first.exit_code == 0, first.output
+    assert first.stdout.startswith("The quick")
+    assert first.stdout == again.stdout
+    assert "tokens/s" in first.stderr
+
+
+def test_sampling_follows_the_seed(run, zoo):
+    texts = [run("generate", zoo / "llama", "-p", "The", "--max-new-tokens", 12, "--temperature", 2,
+                 "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_default_length_stays_within_the_context(run, zoo):
+    result = run("generate", zoo / "llama", "-p", "x" * 120)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("model, options, code, words", [
+    ("bert", ["-p", "x"], 1, "does not generate text"),
+    ("missing/folder", ["-p", "x"], 1, "does not exist"),
+    ("llama", [], 2, "prompt"),
+    ("llama", ["-p", ""], 2, "prompt is empty"),
+    ("llama", ["-p", "x", "--max-new-tokens", "1000"], 1, "do not fit"),
+    ("llama", ["-p", "x" * 200], 1, "do not fit"),
+])
+def test_what_is_refused(run, zoo, model, options, code, words):
+    result = run("generate", zoo / model, *options)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert "Traceback" not in result.output
