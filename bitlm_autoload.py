@@ -13,10 +13,8 @@ import logging
 import sys
 
 REGISTRY = "transformers.quantizers.auto"
-# What must not be half imported when `bitlm.hf` is: that imports both.
-NEEDED = ("torch", "transformers.modeling_utils")
-# The modules after which registering is tried. The registry alone would do, but where it is loaded
-# by modeling_utils that must finish first, and may have been begun before the watcher came.
+# The modules after which registering is tried. The registry is enough, unless it was being imported
+# when the watcher came, because it had itself imported torch: then the others follow.
 WATCHED = (REGISTRY, "transformers.modeling_utils", "transformers.models.auto.auto_factory")
 
 
@@ -43,7 +41,7 @@ def _try_after(loader) -> None:
     def exec_module(module):
         run(module)
         del loader.exec_module
-        if _settled(module.__name__):
+        if _watching() and _settled(module.__name__):
             register()
 
     if run is not None and hasattr(loader, "__dict__"):
@@ -56,13 +54,11 @@ def _ready(name: str) -> bool:
 
 
 def _settled(finished: str = "") -> bool:
-    """Tell whether the registry is there and nothing needed is half imported.
+    """Tell whether the registry and torch, which `bitlm.hf` imports, are wholly imported.
 
     finished: a module that has run but does not look it yet.
     """
-    halves = [name for name in (REGISTRY, *NEEDED)
-              if name in sys.modules and name != finished and not _ready(name)]
-    return REGISTRY in sys.modules and not halves
+    return _ready("torch") and (finished == REGISTRY or _ready(REGISTRY))
 
 
 def install() -> None:
@@ -71,9 +67,13 @@ def install() -> None:
         watch()
 
 
+def _watching() -> bool:
+    return any(isinstance(finder, Watcher) for finder in sys.meta_path)
+
+
 def watch() -> None:
     """Put the watcher in front of the import finders, once."""
-    if not any(isinstance(finder, Watcher) for finder in sys.meta_path):
+    if not _watching():
         sys.meta_path.insert(0, Watcher())
 
 
@@ -87,7 +87,7 @@ def register() -> bool:
 
         bitlm.hf.register()
     except Exception as error:
-        gone = isinstance(error, ModuleNotFoundError) and error.name == "bitlm"
+        gone = isinstance(error, ModuleNotFoundError) and error.name in ("bitlm", "bitlm.hf")
         logging.getLogger("bitlm").log(logging.DEBUG if gone else logging.WARNING,
                                        "bitlm is not registered with transformers: %r", error)
         return False

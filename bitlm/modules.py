@@ -28,21 +28,26 @@ class PackedLinear(nn.Linear):
 
 
 class PackedEmbedding(nn.Embedding):
-    """An nn.Embedding whose `weight` is a PackedWeight, with the factor of scaled embeddings."""
+    """An nn.Embedding whose `weight` is a PackedWeight, with the factor of scaled embeddings.
+
+    round_scale: round the factor to the dtype of the rows first, as Gemma does and BART does not.
+    """
 
     def __init__(self, weight: PackedWeight, padding_idx: int | None = None, scale: float = 1.0,
-                 dense: nn.Module | None = None) -> None:
+                 round_scale: bool = False, dense: nn.Module | None = None) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type = None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        self.scale = scale
+        self.scale, self.round_scale = scale, round_scale
         self.weight = weight
         _keep_dense(self, dense)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.weight(ids)
+        if self.round_scale:
+            return rows * rows.new_full((), self.scale)
         return rows if self.scale == 1.0 else rows * self.scale
 
     def reset_parameters(self) -> None:
@@ -80,8 +85,9 @@ def install(model: nn.Module, name: str, weight: PackedWeight) -> None:
     if leaf == "weight" and (isinstance(owner, nn.Linear) or is_conv1d(owner)):
         _replace(model, path, owner, PackedLinear(weight, owner.bias, owner))
     elif leaf == "weight" and isinstance(owner, nn.Embedding):
-        scale = _scale(owner, name)
-        _replace(model, path, owner, PackedEmbedding(weight, owner.padding_idx, scale, owner))
+        scale, rounded = _scale(owner, name), isinstance(getattr(owner, "embed_scale", 1.0), Tensor)
+        _replace(model, path, owner,
+                 PackedEmbedding(weight, owner.padding_idx, scale, rounded, owner))
     else:
         del owner._parameters[leaf]
         owner.add_module(leaf, weight)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any
 
 import torch
@@ -126,11 +125,13 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
                              "see `bitlm quantize --dry-run` for the names")
     if not targets:
         raise ValueError(f"{type(model).__name__} has no linear layer to pack")
-    entries = tuple(Entry(target, request.scheme_for(target)) for target in targets)
+    by_name = {target.name: target for target in targets}
+    entries = tuple(Entry(target, request.scheme_for(by_name.get(target.tied, target)))
+                    for target in targets)
     for entry in entries:
         registry.method(entry.scheme)
     numel, size = _totals(model, exclude=())
-    dense_numel, dense_bytes = _totals(model, exclude=[target.name for target in targets])
+    dense_numel, dense_bytes = _totals(model, exclude=list(by_name))
     return Plan(entries, tuple(skipped), dense_bytes, dense_numel, size)
 
 
@@ -155,8 +156,7 @@ def tensor_names(scheme: Scheme) -> tuple[str, ...]:
 
 def planned_tensors(form: Form, scheme: Scheme) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return the dtype and shape that a scheme plans for each tensor of a form."""
-    columns = round(scheme.salient * form.columns)
-    count = ceil(scheme.salient * form.rows * form.columns / form.parts)
+    columns, count = _salient_counts(form, scheme)
     shapes: dict[str, tuple[int, ...]] = {"salient.columns": (form.parts, columns)}
     if "salient.columns" not in form.names:
         shapes = {}
@@ -174,6 +174,15 @@ def planned_tensors(form: Form, scheme: Scheme) -> dict[str, tuple[torch.dtype, 
     return planned
 
 
+def _salient_counts(form: Form, scheme: Scheme) -> tuple[int, int]:
+    """Return how many columns, or elements of each part, methods.salience.choose keeps."""
+    width = form.columns if scheme.salient_scope == "tensor" else form.group_size
+    widths = [min(width, form.columns - start) for start in range(0, form.columns, width)]
+    rows = form.rows // form.parts
+    return (sum(round(scheme.salient * own) for own in widths),
+            sum(round(scheme.salient * (rows * own)) for own in widths))
+
+
 def _numel(shape: Iterable[int]) -> int:
     total = 1
     for length in shape:
@@ -182,9 +191,13 @@ def _numel(shape: Iterable[int]) -> int:
 
 
 def _totals(model: nn.Module, exclude: Iterable[str]) -> tuple[int, int]:
-    """Return elements and bytes of all parameters and saved buffers, tied ones counted once."""
+    """Return elements and bytes of all parameters and saved buffers, tied ones counted once.
+
+    A weight that stays dense while the one that it is tied to is excluded has its own copy.
+    """
     exclude = set(exclude)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {target for target, source in keys.items() if source not in exclude}
     saved = set(model.state_dict())
     numel = size = 0
     seen: set[int] = set()

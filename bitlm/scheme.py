@@ -66,6 +66,8 @@ class Scheme:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise SchemeError(f"method is {self.method!r}: use the name of a method")
         _one_of(self, "center", CENTERS)
         _one_of(self, "levels", LEVELS)
         _one_of(self, "scales_from", ("compensated", "original"))
@@ -101,9 +103,16 @@ class Scheme:
         return dataclasses.replace(self, **changes)
 
     def calibrated(self) -> Scheme:
-        """Return the scheme that makes use of calibration text: compensated, salience by Hessian."""
-        metric = "hessian" if self.method == "salient" else self.salient_metric
-        return self.replace(compensate=True, salient_metric=metric)
+        """Return the scheme that makes use of calibration text.
+
+        Compensated, salience by Hessian, and scales refitted by the importance of each column;
+        a grid keeps its plain min-max range, and what cannot be refitted stays as it is.
+        """
+        fixed = (self.method == "grid" or self.center == "threshold"
+                 or self.salient_statistics == "diluted")
+        return self.replace(
+            compensate=True, refit=self.refit if fixed else max(self.refit, 10),
+            salient_metric="hessian" if self.method == "salient" else self.salient_metric)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the method and every field that is not at its default (JSON types only)."""

@@ -11,6 +11,8 @@ from torch import nn
 from .modules import is_conv1d
 
 EXPERT_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
+# Subclasses of nn.Linear whose own forward computes the same.
+SAME_AS_LINEAR = ("FalconLinear",)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def find(model: nn.Module, skip: tuple[str, ...] = (), embeddings: bool = False
         if pattern.pattern not in matched:
             raise ValueError(f"skip pattern {pattern.pattern!r} matches no weight of this model: "
                              "see `bitlm quantize --dry-run` for the names")
+    packed = {target.name for target in targets}
+    for target in [t for t in targets if t.tied and t.tied not in packed]:
+        targets.remove(target)
+        skipped.append(Skipped(target.name, target.numel,
+                               f"tied to {target.tied}, which stays dense"))
     return targets, skipped
 
 
@@ -96,16 +103,18 @@ def _describe(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter, 
     if not parameter.is_floating_point():
         return Skipped(name, size, f"stored as {str(dtype).removeprefix('torch.')}")
     if module is head:
-        if embeddings and isinstance(module, nn.Linear):
+        if embeddings and is_linear(module):
             return Target(name, *parameter.shape, "head", dtype)
         return Skipped(name, size, "output head (--embeddings packs it)")
     if any(module is table for table in tables):
+        if embeddings and not _is_look_up(module):
+            return Skipped(name, size, f"{type(module).__name__} does more than look up rows")
         if embeddings:
             return Target(name, *parameter.shape, "embedding", dtype)
         return Skipped(name, size, "token embedding (--embeddings packs it)")
     if isinstance(module, nn.Embedding):
         return Skipped(name, size, "position or type embedding")
-    if leaf == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)):
+    if leaf == "weight" and (is_linear(module) or is_conv1d(module)):
         if not inside:
             return Skipped(name, size, "task head")
         rows, columns = reversed(parameter.shape) if is_conv1d(module) else parameter.shape
@@ -119,6 +128,16 @@ def _describe(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter, 
         return Skipped(name, size, f"fused experts of {type(module).__name__} do not go through "
                                    "transformers' experts interface: they stay dense", loud=True)
     return Skipped(name, size, f"{type(module).__name__}: not a linear layer")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is an nn.Linear and computes no more than one (Llama 4's router does)."""
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward
+                                              or type(module).__name__ in SAME_AS_LINEAR)
+
+
+def _is_look_up(table: nn.Embedding) -> bool:
+    return type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
 
 
 def is_fused_experts(module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from torch.nn.functional import cosine_similarity
 
 from bitlm import Scheme, quantize, source
 from bitlm.calibration.text import read_texts, token_windows
-from bitlm.cli.output import cpu_name
+from bitlm.cli.doctor import cpu_model
 from bitlm.evaluate.language import compare, perplexity
 from bitlm.evaluate.load import load_model
 from bitlm.quantize import source_tokenizer
@@ -156,7 +156,7 @@ def save(path: Path, model: str, rows: list[dict[str, Any]]) -> None:
     """Write the rows so far, with the machine and the command."""
     command = shlex.join(["eval/quality.py", Path(model).name, *map(_name_only, sys.argv[2:])])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": cpu_name(), "torch": torch.__version__,
+    path.write_text(json.dumps({"machine": cpu_model(), "torch": torch.__version__,
                                 "command": command, "rows": rows}, indent=1) + "\n")
 
 

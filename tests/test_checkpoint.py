@@ -9,7 +9,13 @@ import zoo
 from safetensors.torch import load_file, save_file
 
 from bitlm import checkpoint
-from bitlm.checkpoint import CheckpointError, checkpoint_files, deep_verify, read_headers, split_name
+from bitlm.checkpoint import (
+    CheckpointError,
+    checkpoint_files,
+    deep_verify,
+    read_headers,
+    split_name,
+)
 from bitlm.hf import BitlmConfig
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"

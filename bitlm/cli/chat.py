@@ -18,7 +18,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Talk to a model, line by line, from the keyboard or from a pipe."""
+    """Talk to a model, from the keyboard or a pipe."""
     import torch
 
     from .streaming import load_generator, room, stream

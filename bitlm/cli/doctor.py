@@ -15,7 +15,7 @@ _WIDTH = 4096  # of the example weights
 def doctor(
     json: Annotated[Path | None, typer.Option(help="Also write the findings to this file.")] = None,
 ) -> None:
-    """Show versions, the native library, what runs on it, and the state of the autoload hook."""
+    """Show versions, the native library and what runs on it."""
     from .output import console, table, write_json
 
     found = examine()

@@ -27,7 +27,7 @@ def evaluate(
     field: Annotated[str, typer.Option(help="Field of the text in json and hub data.")] = "text",
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
 ) -> None:
-    """Measure perplexity over non-overlapping windows of a text."""
+    """Measure a model on a text."""
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}: the tasks are {', '.join(TASKS)}")
     if not data:
@@ -35,8 +35,10 @@ def evaluate(
     from ..calibration.text import check_ids, read_texts, token_windows
     from ..evaluate import language
     from ..evaluate.load import LoadError, load_model
-    from .output import console, progress_bar, write_json
+    from .output import check_target, console, progress_bar, write_json
 
+    if json:
+        check_target(json)
     # The text first: a wrong path should not cost the loading of a model.
     texts = read_texts(data, field=field, split="test")
     tested, tokenizer = load_model(model)

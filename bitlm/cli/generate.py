@@ -20,7 +20,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Continue a prompt, token by token; the speed goes to stderr."""
+    """Continue a prompt; the speed goes to stderr."""
     if not prompt:
         raise UsageError("the prompt is empty: give some text with -p")
     import torch

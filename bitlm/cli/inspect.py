@@ -15,7 +15,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify",
                                          help="Read all tensors and check them.")] = False,
 ) -> None:
-    """Show scheme, coverage, sizes and what runs natively of a packed model."""
+    """Show what a packed model holds."""
     from ..report import mib
     from .output import console, table
 
@@ -39,7 +39,7 @@ def inspect(
             typer.echo(f"bitlm: {problem}", err=True)
         if problems:
             raise typer.Exit(1)
-        screen.print("", "verified: every tensor is what the configuration asks for")
+        screen.print("\nverified: every tensor is what the configuration asks for")
 
 
 def examine(folder: Path) -> dict[str, Any]:

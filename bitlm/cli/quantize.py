@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
 import sys
@@ -70,30 +69,27 @@ def quantize(
 
 def _run(model: str, asked: dict[str, Any], out: Path, json_file: Path | None,
          options: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
 
     from ..quantize import quantize as run
-    console = Console(stderr=True)
+    from .output import console, table, write_json
+    screen, errors = console(), console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
                TimeRemainingColumn(), TextColumn("relative error {task.fields[error]}"))
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
         bar = bars.add_task("reading", total=None, error="-")
 
-        def show(progress) -> None:
-            bars.update(bar, description=_short(progress.name), total=progress.total,
-                        completed=progress.done, error=f"{progress.relative_error:.3f}")
+        def show(now) -> None:
+            bars.update(bar, description=_short(now.name), total=now.total, completed=now.done,
+                        error=f"{now.relative_error:.3f}")
 
         report = run(model, out=out, progress=show, command=_command(), **asked, **options)
-    table = Table(show_header=False, title=f"{model} -> {out}")
-    for what, value in report.summary():
-        table.add_row(what, value)
-    Console().print(table)
+    screen.print(f"{model} -> {out}")
+    screen.print(table(("", ""), report.summary(), left=True))
     for warning in report.warnings:
-        console.print(f"[bold red]warning:[/] {warning}")
+        errors.print(f"[bold red]warning:[/] {warning}")
     if json_file:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
+        write_json(json_file, report.to_dict())
 
 
 def _request(preset: str | None, method: str | None, bits: int | None, group_size: str | None,
@@ -189,43 +185,37 @@ def _value(key: str, text: str, kind: type) -> Any:
 
 def _show_plan(model: str, asked: dict[str, Any], calibrated: bool, tokens: int | None,
                revision: str | None, json_file: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from .. import source
     from ..quantize import CALIBRATION_TOKENS, make_request, peak_memory, plan_for
     from ..report import mib, plan_rows
+    from .output import console, table, write_json
     asked.pop("name")
     request = make_request(calibrated=calibrated, **asked)
     plan = plan_for(source.resolve(model, revision), request)
     memory = peak_memory(plan, (tokens or CALIBRATION_TOKENS) if calibrated else 0)
-    table = Table("modules", "scheme", "weights", "size", title=f"Plan for {model}")
-    for kind, scheme, numel, size in plan_rows(plan):
-        table.add_row(kind, scheme, f"{numel:,}", mib(size))
-    console = Console()
-    console.print(table)
-    skipped = Table("stays dense", "weights", "why")
-    for each in plan.skipped:
-        skipped.add_row(each.name, f"{each.numel:,}", each.reason)
-    console.print(skipped)
-    total = Table(show_header=False)
-    for row in (("bits per weight, packed layers", f"{plan.packed_bits:.3f}"),
-                ("bits per weight, whole file", f"{plan.file_bits:.3f}"),
-                ("size", f"{mib(plan.total_bytes)} (dense: {mib(plan.source_bytes)})"),
-                ("peak memory, about", mib(memory))):
-        total.add_row(*row)
-    console.print(total)
+    screen = console()
+    screen.print(f"Plan for {model}\n")
+    screen.print(table(("modules", "weights", "size", "scheme"), [
+        (kind, f"{numel:,}", mib(size), scheme) for kind, scheme, numel, size in plan_rows(plan)]))
+    if plan.skipped:
+        screen.print("", table(("stays dense", "weights", "why"), [
+            (each.name, f"{each.numel:,}", each.reason) for each in plan.skipped]))
+    screen.print("", table(("", ""), [
+        ("bits per weight, packed layers", f"{plan.packed_bits:.3f}"),
+        ("bits per weight, whole file", f"{plan.file_bits:.3f}"),
+        ("size", f"{mib(plan.total_bytes)} (dense: {mib(plan.source_bytes)})"),
+        ("peak memory, about", mib(memory))], left=True))
     for each in plan.skipped:
         if each.loud:
-            Console(stderr=True).print(f"[bold red]warning:[/] {each.name}: {each.reason}")
+            console(stderr=True).print(f"[bold red]warning:[/] {each.name}: {each.reason}")
     if json_file:
-        data = {"entries": [{"name": e.name, "scheme": e.scheme.to_dict(), "bytes": e.nbytes()}
-                            for e in plan.entries],
-                "skipped": [dataclasses.asdict(s) for s in plan.skipped],
-                "bits_packed": plan.packed_bits, "bits_file": plan.file_bits,
-                "total_bytes": plan.total_bytes, "source_bytes": plan.source_bytes,
-                "peak_memory": memory}
-        json_file.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+        write_json(json_file, {
+            "entries": [{"name": e.name, "scheme": e.scheme.to_dict(), "bytes": e.nbytes()}
+                        for e in plan.entries],
+            "skipped": [dataclasses.asdict(s) for s in plan.skipped],
+            "bits_packed": plan.packed_bits, "bits_file": plan.file_bits,
+            "total_bytes": plan.total_bytes, "source_bytes": plan.source_bytes,
+            "peak_memory": memory})
 
 
 def _short(name: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
+
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -13,6 +14,9 @@ from transformers.quantizers.auto import (
 from .config import BitlmConfig
 from .experts import register_experts
 from .quantizer import BitlmQuantizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def register() -> None:

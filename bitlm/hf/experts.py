@@ -6,13 +6,17 @@ themselves: `has_gate`, `has_bias`, `is_transposed`, `_apply_gate`, `has_post_ex
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface, _grouped_linear
 
 from ..targets import EXPERT_LEAVES, is_fused_experts
 from ..weight import PackedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "bitlm"
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -22,6 +22,9 @@ from transformers.core_model_loading import (
 )
 
 from ..checkpoint import Header, split_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..modules import packed_weights
+from .tying import submodels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def put_dense_first(model: PreTrainedModel) -> None:
@@ -15,9 +20,8 @@ def put_dense_first(model: PreTrainedModel) -> None:
     loads in it; with packed embeddings that parameter would be a scale. Names, and the order of
     lists and sequences, stay as they are.
     """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            _reorder(module)
+    for module in submodels(model):
+        _reorder(module)
 
 
 def _reorder(model: PreTrainedModel) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -24,7 +23,10 @@ from ..targets import EXPERT_LEAVES
 from . import skeleton
 from .experts import use_packed_experts
 from .order import put_dense_first
-from .tying import install_twins, rewrite_tied_keys, tied_group
+from .tying import install_twins, rewrite_tied_keys, submodels, tied_group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("bitlm")
 
@@ -187,9 +189,8 @@ class BitlmQuantizer(HfQuantizer):
         model.is_quantized = True
         model.quantization_method = self.quantization_config.quant_method
         model.config.quantization_config = self.quantization_config
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = True
+        for module in submodels(model):
+            module.config._is_quantized = True
         self.finish(model)
         set_conversions(self, model)
 

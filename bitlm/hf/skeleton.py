@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointError, Header, read_headers, verify
 from ..modules import install
@@ -15,6 +15,9 @@ from ..targets import find
 from ..weight import PackedWeight
 from .mapping import Found, find_tensors
 from .tying import rewrite_tied_keys, tied_group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def build(model: PreTrainedModel, request: Request, files: list[str] | None) -> Found:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import re
-
-from transformers import PreTrainedModel
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..modules import install, packed_weights
 from ..weight import PackedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def submodels(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Yield the model and the transformers models in it."""
+    # Not at the top: bitlm registers while transformers.modeling_utils may be half imported.
+    from transformers import PreTrainedModel
+
+    yield from (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def tied_group(model: PreTrainedModel, name: str) -> list[str]:
@@ -32,9 +43,7 @@ def rewrite_tied_keys(model: PreTrainedModel) -> None:
     and so on. Where one of the two stayed dense they are no longer tied, and the pair is dropped.
     The maps become attributes of the instances; classes are not touched.
     """
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
+    for module in submodels(model):
         tied = module.all_tied_weights_keys or {}
         rewritten = _rewrite(tied, packed_weights(module))
         if rewritten != tied:

@@ -33,25 +33,29 @@ def factor(hessian: Tensor, damp: float, name: str) -> Tensor:
     for attempt in range(ATTEMPTS):
         extra = damp * average if attempt == 0 else max(damp, 1e-3) * 10.0 ** attempt * average
         for dtype in (torch.float32, torch.float64):
-            damped = hessian.to(dtype, copy=True)
-            diagonal = damped.diagonal().add_(extra)
-            diagonal[diagonal <= 0] = 1
-            found = _inverse_factor(damped)
+            found = _inverse_factor(hessian, extra, dtype)
             if found is not None:
                 return found
     raise EncodeError(f"{name}: its Hessian has no Cholesky factor even with damping {extra:.3g}: "
                       "use more calibration text, or a scheme without compensation")
 
 
-def _inverse_factor(damped: Tensor) -> Tensor | None:
-    """Return U with U^T U = damped^-1, or None.
+def _inverse_factor(hessian: Tensor, extra: float, dtype: torch.dtype) -> Tensor | None:
+    """Return U with U^T U = (H + extra I)^-1, or None where that has no Cholesky factor.
 
-    Flipping both axes turns a lower Cholesky factor into R with R R^T = damped, R upper; U = R^-1.
+    Flipping both axes turns a lower Cholesky factor into R with R R^T = H, R upper; U = R^-1.
+    Matrices of wide layers are large, so no more of them are held than a step needs.
     """
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    flipped = hessian.to(dtype).flip(0, 1)
+    diagonal = flipped.diagonal().add_(extra)
+    diagonal[diagonal <= 0] = 1
+    del diagonal
+    lower, failed = torch.linalg.cholesky_ex(flipped)
+    del flipped
     if bool(failed):
         return None
     upper = lower.flip(0, 1)
+    del lower
     eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     found = torch.linalg.solve_triangular(upper, eye, upper=True).to(torch.float32)
     return found if bool(torch.isfinite(found).all()) else None

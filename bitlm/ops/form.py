@@ -146,7 +146,9 @@ def axis_lengths(form: Form, shapes: dict[str, tuple[int, ...]]) -> dict[str, di
         sizes = dict(base)
         prefix = name.rsplit(".", 1)[0]
         if kind(name).startswith("plane."):
-            columns = shapes.get(f"{prefix}.columns")
+            # Planes that share the scales of plane 0 cover its columns.
+            scaled = prefix if form.plane_ratio == 1 else "plane0"
+            columns = shapes.get(f"{scaled}.columns")
             covered = columns[-1] if columns else form.columns
             zones = 2 if f"{prefix}.zones" in form.names else 1
             rank = shapes.get(f"{prefix}.row_scales")
@@ -156,7 +158,7 @@ def axis_lengths(form: Form, shapes: dict[str, tuple[int, ...]]) -> dict[str, di
                       "k": rank[-1] if rank and name.endswith("column_scales") else None}
         elif kind(name).startswith("chain."):
             right = shapes.get(f"{prefix}.right")
-            rank = right[-2] if right else None
+            rank = right[-2] if right and len(right) > 1 else None
             sizes |= {"R": None if name.endswith(".right") else rank,
                       "R/8": None if rank is None else ceil(rank / 8)}
         elif name == "shift":

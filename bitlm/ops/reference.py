@@ -86,7 +86,7 @@ def packed_embedding(ids: Tensor, tensors: list[Tensor], form: str, dtype: torch
     if layout.parts != 1:
         raise ValueError("an embedding has one part")
     dense = _terms(picked, layout, dtype, starts)
-    return dense.unflatten(0, ids.shape) if ids.dim() != 1 else dense
+    return dense.reshape(*ids.shape, layout.columns)
 
 
 def _dense(named: Tensors, form: Form, dtype: torch.dtype) -> Tensor:
@@ -128,9 +128,8 @@ def _terms(named: Tensors, form: Form, dtype: torch.dtype, starts: Tensor | None
         else:
             dense += term
     if "shift" in named:
-        zones = named.get("plane0.zones")
         dense += _per_column(named["shift"].to(compute), form.columns, form.group_size,
-                             None if zones is None else unpack_bits(zones, form.columns))
+                             _shift_zones(named, form))
     _replace_salient(dense, named, form, starts)
     for chain in chains(form.names):
         dense += _chain({n.split(".", 1)[1]: t for n, t in named.items()
@@ -166,6 +165,19 @@ def _per_column(values: Tensor, columns: int, group_size: int, zones: Tensor | N
     if zones is None:
         return values[:, group]
     return values.gather(1, group + zones * (values.shape[-1] // 2))
+
+
+def _shift_zones(named: Tensors, form: Form) -> Tensor | None:
+    """Return the zones [rows, K] of plane 0, which the shift shares; 0 where it has no column."""
+    if "plane0.zones" not in named:
+        return None
+    if "plane0.columns" not in named:
+        return unpack_bits(named["plane0.zones"], form.columns)
+    columns = named["plane0.columns"][0].long()
+    own = unpack_bits(named["plane0.zones"], len(columns))
+    zones = own.new_zeros(len(own), form.columns)
+    zones[:, columns] = own
+    return zones
 
 
 def _salient_starts(mask: Tensor) -> Tensor:

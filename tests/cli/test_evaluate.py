@@ -42,6 +42,7 @@ def test_a_dense_folder_gets_no_card(run, zoo):
     (["--data", "missing.txt"], 1, "no such file: missing.txt"),
     (["--data", "TEXT", "--context", "100000"], 1, "100000 are needed"),
     (["--data", "TEXT", "--context", "200"], 1, "reads at most 128"),
+    (["--data", "TEXT", "--json", "missing/out.json"], 1, "missing: no such folder"),
     (["--data", "TEXT", "--against", "BERT"], 1, "no causal language model"),
 ])
 def test_what_is_refused(run, zoo, options, code, words):

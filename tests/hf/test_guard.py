@@ -11,8 +11,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from bitlm.hf import BitlmConfig
 
-ONLY_EXPERTS = BitlmConfig(skip=["attn", "mlp.gate.weight", "shared"])
-
 
 @pytest.fixture
 def without_bitlm(monkeypatch):
@@ -20,7 +18,7 @@ def without_bitlm(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [None, "auto"])
-@pytest.mark.parametrize("name", [*zoo.ZOO])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "bert", "t5_relu", "vit"])
 def test_refused_without_bitlm(name, dtype, tmp_path, without_bitlm):
     zoo.packed(name).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="mismatched|automatic conversion|ignore_mismatched"):
@@ -29,8 +27,7 @@ def test_refused_without_bitlm(name, dtype, tmp_path, without_bitlm):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_only_experts_packed(name, tmp_path, monkeypatch):
-    skip = ["attn"] if name in ("mixtral", "qwen3_moe", "gpt_oss") else []
-    model = zoo.pack(zoo.make(name), BitlmConfig(skip=skip))
+    model = zoo.pack(zoo.make(name), BitlmConfig(skip=["attn"]))
     model.save_pretrained(tmp_path)
     loaded, report = zoo.auto_class(name).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()) and zoo.same_tensors(model, loaded) == []
@@ -64,5 +61,6 @@ def test_a_process_that_never_heard_of_bitlm(tmp_path):
             "    raise SystemExit('opened with random weights')\n"
             "assert 'bitlm' not in sys.modules\n")
     environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
+                          text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,8 @@ def test_offloaded_equals_loaded(name, scheme, embeddings, tmp_path):
         tmp_path / "packed", device_map=MAPS[name], offload_folder=tmp_path / "offload")
     assert torch.equal(zoo.output(loaded, name), zoo.output(model, name))
     loaded.save_pretrained(tmp_path / "again")
-    again, report = zoo.auto_class(name).from_pretrained(tmp_path / "again", output_loading_info=True)
+    again, report = zoo.auto_class(name).from_pretrained(tmp_path / "again",
+                                                         output_loading_info=True)
     assert not any(report.values()) and zoo.same_tensors(model, again) == []
 
 

@@ -13,7 +13,8 @@ def test_lora(name, tmp_path):
     zoo.packed(name, "ternary").save_pretrained(tmp_path / "base")
     base = zoo.auto_class(name).from_pretrained(tmp_path / "base")
     before = {k: v.clone() for k, v in base.state_dict().items()}
-    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear",
+                                            init_lora_weights=False))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and not any(p.requires_grad for w in packed_weights(model).values()
                                for p in w.parameters())
@@ -42,7 +43,8 @@ def test_transformers_own_trainer_takes_it(tmp_path):
     base = zoo.auto_class("llama").from_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(base, TrainingArguments(tmp_path, report_to=[]))
-    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear",
+                                            task_type="CAUSAL_LM"))
     ids = zoo.inputs("llama")["input_ids"]
     data = [{"input_ids": row, "labels": row} for row in ids]
     arguments = TrainingArguments(tmp_path / "run", max_steps=2, report_to=[], use_cpu=True,

@@ -42,7 +42,8 @@ def test_untied_embeddings_stay_apart(tmp_path):
 def test_a_skipped_partner_is_no_longer_tied(tmp_path):
     model = zoo.pack(zoo.make("llama_tied"), BitlmConfig(embeddings=8, skip=["lm_head"]))
     model.save_pretrained(tmp_path)
-    loaded, report = zoo.auto_class("llama_tied").from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = zoo.auto_class("llama_tied").from_pretrained(tmp_path,
+                                                                  output_loading_info=True)
     assert not any(report.values()) and zoo.same_tensors(model, loaded) == []
     assert isinstance(loaded.model.embed_tokens.weight, PackedWeight)
     assert not isinstance(loaded.lm_head.weight, PackedWeight)
@@ -52,7 +53,8 @@ def test_overrides_of_a_partner_follow_the_source(tmp_path):
     config = BitlmConfig(embeddings=8, overrides={"lm_head": {"planes": 3}})
     model = zoo.pack(zoo.make("llama_tied"), config)
     model.save_pretrained(tmp_path)
-    loaded, report = zoo.auto_class("llama_tied").from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = zoo.auto_class("llama_tied").from_pretrained(tmp_path,
+                                                                  output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(zoo.output(model, "llama_tied"), zoo.output(loaded, "llama_tied"))
 
