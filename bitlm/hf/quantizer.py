@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +27,6 @@ from .tying import install_twins, rewrite_tied_keys, submodels, tied_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger("bitlm")
 
 
 class BitlmQuantizer(HfQuantizer):
@@ -95,9 +93,10 @@ class BitlmQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list,
                                   model: PreTrainedModel | None = None) -> list:
-        if model is None:  # transformers before 5.20 matches the packed names without being told
-            return weight_conversions
-        return super().update_weight_conversions(weight_conversions, model)
+        base = super().update_weight_conversions
+        if "model" not in signature(base).parameters:
+            return weight_conversions  # 5.17: its converters match the longer names untold
+        return base(weight_conversions, model)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel,
                                              checkpoint_files: list[str] | None = None,

@@ -1,0 +1,112 @@
+"""`bitlm quantize`: flags to schemes, the plan, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bitlm.cli.quantize import _overrides, _request
+from bitlm.scheme import PRESETS, Scheme, SchemeError, grid
+
+NOTHING = dict(preset=None, method=None, bits=None, group_size=None, planes=None, salient=None,
+               embeddings=None, skip=None, override=None, config=None)
+
+
+def scheme(**flags) -> Scheme:
+    return _request(**(NOTHING | flags))["scheme"]
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ({}, PRESETS["binary"]),
+    ({"preset": "chat"}, PRESETS["chat"]),
+    ({"preset": "chat", "planes": 2}, PRESETS["chat"].replace(planes=2)),
+    ({"method": "ternary"}, PRESETS["ternary"]),
+    ({"method": "grid"}, grid(4)),
+    ({"bits": 3, "group_size": "64"}, grid(3, 64)),
+    ({"salient": 0.2}, Scheme(method="salient", salient=0.2)),
+    ({"group_size": "row"}, Scheme(group_size="row")),
+])
+def test_flags_make_schemes(flags, expected):
+    assert scheme(**flags) == expected
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"preset": "best"}, "unknown preset"), ({"method": "magic"}, None),
+    ({"bits": 4, "planes": 2}, "--bits"), ({"planes": 9}, "planes is 9"),
+    ({"group_size": "0"}, "group_size is 0"), ({"salient": 1.5}, "salient is 1.5"),
+    ({"embeddings": 9}, None),
+])
+def test_wrong_flags_exit_2_with_one_line(flags, message, run, zoo, tmp_path):
+    arguments = [part for key, value in flags.items()
+                 for part in (f"--{key.replace('_', '-')}", value)]
+    result = run("quantize", zoo / "llama", "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert (message or "") in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_overrides_are_parsed_by_the_type_of_their_field():
+    assert _overrides(["down_proj=planes:2,group_size:row", r"layers\.0=compensate:false,damp:0.1"]
+                      ) == {"down_proj": {"planes": 2, "group_size": "row"},
+                            r"layers\.0": {"compensate": False, "damp": 0.1}}
+    for wrong in ("down_proj", "x=planes:two", "x=plane:2", "x=compensate:maybe"):
+        with pytest.raises(SchemeError, match="--override"):
+            _overrides([wrong])
+
+
+def test_a_toml_file_says_the_rest(tmp_path, run, zoo):
+    file = tmp_path / "request.toml"
+    file.write_text('skip = ["o_proj"]\nembeddings = 8\n[scheme]\nmethod = "ternary"\ntrits = true\n'
+                    '[overrides."down_proj"]\nplanes = 2\n')
+    result = run("quantize", zoo / "llama", "--config", file, "--dry-run", "--json",
+                 tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    schemes = {entry["name"]: entry["scheme"] for entry in plan["entries"]}
+    assert schemes["model.layers.0.mlp.up_proj.weight"] == {"method": "ternary", "trits": True}
+    assert schemes["model.layers.0.mlp.down_proj.weight"]["planes"] == 2
+    assert schemes["model.embed_tokens.weight"]["method"] == "grid"
+    assert not any("o_proj" in name for name in schemes)
+    assert any("o_proj" in skipped["name"] for skipped in plan["skipped"])
+    file.write_text("sceme = 1\n")
+    assert run("quantize", zoo / "llama", "--config", file).exit_code == 2
+    file.write_text("not toml")
+    assert run("quantize", zoo / "llama", "--config", file).exit_code == 2
+
+
+def test_the_dry_run_announces_what_the_run_writes(run, zoo, tmp_path):
+    flags = ("quantize", zoo / "llama", "--salient", "0.1", "--embeddings", "8")
+    assert run(*flags, "--dry-run", "--json", tmp_path / "plan.json").exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    result = run(*flags, "--out", tmp_path / "out", "--json", tmp_path / "report.json")
+    assert result.exit_code == 0, result.output
+    plan, report = (json.loads((tmp_path / f"{name}.json").read_text())
+                    for name in ("plan", "report"))
+    assert plan["total_bytes"] == pytest.approx(report["total_bytes"], rel=1e-3)
+    assert "verdict" in result.stdout and "bits per weight, whole file" in result.stdout
+
+
+def test_the_default_output_folder_is_named_after_model_and_preset(run, zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("quantize", zoo / "llama").exit_code == 0
+    assert run("quantize", zoo / "llama", "--preset", "chat", "--planes", "2").exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama-binary", "llama-binary2"]
+    again = run("quantize", zoo / "llama")
+    assert again.exit_code == 1 and "--overwrite" in again.stderr
+
+
+def test_calibrated_in_a_process_of_its_own(zoo, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "from bitlm.cli import main; main()", "quantize", zoo / "llama",
+         "--preset", "ternary", "--calibrate", zoo / "text.txt", "--out", tmp_path / "out"],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "calibration" in done.stdout
+    assert done.stderr == ""
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["scheme"]["compensate"] and config["calibration"]["source"] == "text.txt"
