@@ -82,6 +82,8 @@ def register() -> bool:
 
     Never raises: an installation whose package is gone must not break transformers.
     """
+    if "bitlm.hf" in sys.modules and not _ready("bitlm.hf"):
+        return False  # It is being imported, has itself brought transformers in, and registers.
     try:
         import bitlm.hf
 

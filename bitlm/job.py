@@ -33,7 +33,8 @@ class Job:
         if found is not None and resume:
             _compare(found, self.identity)
             return
-        if self.folder.exists() and not resume and not overwrite and any(self.folder.glob("unit-*")):
+        unfinished = self.folder.exists() and any(self.folder.glob("unit-*"))
+        if unfinished and not resume and not overwrite:
             raise JobError(f"an interrupted run for {out} is in {self.folder}: continue it with "
                            "--resume or start again with --overwrite")
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -78,8 +79,8 @@ def _compare(found: dict[str, Any], wanted: dict[str, Any], path: str = "") -> N
         if isinstance(old, dict) and isinstance(new, dict):
             _compare(old, new, f"{name}.")
         elif old != new:
-            raise JobError(f"cannot resume: {name} was {old!r} in the interrupted run and is {new!r} "
-                           "now: use the same, or start again with --overwrite")
+            raise JobError(f"cannot resume: {name} was {old!r} in the interrupted run and is "
+                           f"{new!r} now: use the same, or start again with --overwrite")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

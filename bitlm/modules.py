@@ -11,7 +11,8 @@ from .weight import PackedWeight
 class PackedLinear(nn.Linear):
     """An nn.Linear whose `weight` is a PackedWeight; isinstance(layer, nn.Linear) stays true."""
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, dense: nn.Module | None = None) -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None,
+                 dense: nn.Module | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = weight

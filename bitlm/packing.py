@@ -24,16 +24,16 @@ class Packed:
     output_error: float | None
 
 
-def pack_weight(entry: Entry, dense: Tensor, hessians: list[Tensor | None] | None = None,
-                transposed: bool = False) -> Packed:
+def pack_weight(entry: Entry, dense: Tensor, hessians: list[Tensor | None] | None = None
+                ) -> Packed:
     """Encode the dense weight of a plan entry.
 
-    dense: [N, K] or [E, N, K], with the last two axes swapped where `transposed` (Conv1D, gpt-oss).
+    dense: [N, K] or [E, N, K], with the last two axes swapped where the target is `transposed`.
     hessians: one [K, K] for a matrix, one for each expert otherwise; None where there is none.
     Raises what methods.encode raises, naming the weight.
     """
     target, scheme = entry.target, entry.scheme
-    if transposed:
+    if target.transposed:
         dense = dense.transpose(-1, -2)
     matrices = dense if target.experts else dense.unsqueeze(0)
     weights, errors, output_errors = [], [], []

@@ -28,7 +28,7 @@ class Entry:
 
     @property
     def form(self) -> Form:
-        """The form as the scheme plans it (a tensor's dtype and the salient count may still vary)."""
+        """The form as the scheme plans it (dtypes of scales and salient counts may still vary)."""
         target, scheme = self.target, self.scheme
         return Form(target.rows, target.columns, tensor_names(scheme),
                     scheme.columns_per_scale(target.columns), scheme.plane_ratio, target.parts,
@@ -121,8 +121,8 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     targets, skipped = find(model, request.skip, request.embeddings is not None)
     for pattern in request.overrides:
         if not any(compile_pattern(pattern).search(target.name) for target in targets):
-            raise ValueError(f"override pattern {pattern!r} matches no packed weight of this model: "
-                             "see `bitlm quantize --dry-run` for the names")
+            raise ValueError(f"override pattern {pattern!r} matches no packed weight of this "
+                             "model: see `bitlm quantize --dry-run` for the names")
     if not targets:
         raise ValueError(f"{type(model).__name__} has no linear layer to pack")
     by_name = {target.name: target for target in targets}

@@ -102,8 +102,9 @@ class Report:
                   "|---|---|---|---|---|---|"]
         for layer in self.layers:
             output = "" if layer.output_error is None else f"{layer.output_error:.4f}"
-            lines.append(f"| `{layer.name}` | {'x'.join(map(str, layer.shape))} | {layer.method}"
-                         f"{f' ({layer.note})' if layer.note else ''} | {layer.bits:.3f} | "
+            note = f" ({layer.note})" if layer.note else ""
+            lines.append(f"| `{layer.name}` | {'x'.join(map(str, layer.shape))} | "
+                         f"{layer.method}{note} | {layer.bits:.3f} | "
                          f"{layer.relative_error:.4f} | {output} |")
         return "\n".join(lines) + "\n"
 
@@ -111,8 +112,8 @@ class Report:
         """Return the model card (README.md of the output folder)."""
         title = self.out.rstrip("/").rpartition("/")[2]
         base = "" if self.model.startswith(("/", ".")) else f"base_model: {self.model}\n"
-        head = ["---", f"{base}library_name: transformers", "tags:", "- bitlm", "- 1-bit", "---", "",
-                f"# {title}", "",
+        head = ["---", f"{base}library_name: transformers", "tags:", "- bitlm", "- 1-bit", "---",
+                "", f"# {title}", "",
                 f"`{self.model.rstrip('/').rpartition('/')[2]}` packed by {self.producer}.", "",
                 "```", self.command, "```", "",
                 "```python", "import bitlm  # pip install bitlm",

@@ -1,4 +1,4 @@
-"""The dense model to start from: find its files, check them, build its skeleton, map its weights."""
+"""The dense model to start from: its files, its skeleton, its weights mapped, its tokenizer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .targets import is_fused_experts
 log = logging.getLogger("bitlm")
 
 # What of a model's folder belongs to a packed copy of it besides config and weights.
-COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-              "spiece.model", "sentencepiece*", "*.tiktoken", "chat_template*", "preprocessor_config.json",
-              "processor_config.json", "generation_config.json", "modules.json",
-              "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/*",
-              "LICENSE*")
+COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
+              "added_tokens.json", "spiece.model", "sentencepiece*", "*.tiktoken",
+              "chat_template*", "preprocessor_config.json", "processor_config.json",
+              "generation_config.json", "modules.json", "sentence_bert_config.json",
+              "config_sentence_transformers.json", "1_Pooling/*", "LICENSE*")
 
 
 class SourceError(ValueError):
@@ -44,7 +44,7 @@ def resolve(model: str | os.PathLike, revision: str | None = None) -> Path:
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
         raise SourceError(f"{text} does not exist: give a model folder or a hub id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
@@ -55,8 +55,8 @@ def resolve(model: str | os.PathLike, revision: str | None = None) -> Path:
                           f"{str(error).splitlines()[0]}") from None
     except (LocalEntryNotFoundError, OSError) as error:
         raise SourceError(f"{text} is not a folder here, and the hub cannot be reached "
-                          f"({type(error).__name__}): check the name, the network, or HF_HUB_OFFLINE"
-                          ) from None
+                          f"({type(error).__name__}): check the name, the network, or "
+                          "HF_HUB_OFFLINE") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -66,8 +66,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles and not any(folder.glob("*.safetensors*")):
-        raise SourceError(f"{folder} holds its weights as pickle ({pickles[0]}), which is never read: "
-                          "convert it to safetensors first (load it with transformers, "
+        raise SourceError(f"{folder} holds its weights as pickle ({pickles[0]}), which is never "
+                          "read: convert it to safetensors first (load it with transformers, "
                           "save_pretrained)")
     return [Path(name) for name in checkpoint.checkpoint_files(folder)]
 
@@ -87,7 +87,8 @@ def read_config(folder: Path):
                           f"{str(error).strip().splitlines()[0]}") from None
     quantized = getattr(config, "quantization_config", None)
     if quantized:
-        how = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        known = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        how = known.get("quant_method")
         raise SourceError(f"{folder} is already quantized ({how}): start from the dense model")
     return config
 
@@ -204,3 +205,16 @@ def fingerprint(folder: Path, files: list[Path]) -> str:
 def read_headers(folder: Path) -> dict:
     """Return checkpoint.read_headers of the model's shards."""
     return checkpoint.read_headers(weight_files(folder))
+
+
+def tokenizer(folder: Path):
+    """Return the tokenizer of a model folder, None if it has none."""
+    if not any(next(folder.glob(p), None) for p in ("tokenizer*", "vocab*", "spiece.model")):
+        return None
+    from transformers import AutoTokenizer
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise SourceError(f"the tokenizer in {folder} cannot be read: "
+                                     f"{str(error).strip().splitlines()[0]}") from None

@@ -32,6 +32,7 @@ class Target:
     experts: int = 0
     parts: int = 1
     tied: str = ""
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -98,7 +99,8 @@ def compile_pattern(text: str) -> re.Pattern:
 
 
 def _describe(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter, inside: bool,
-              head: nn.Module | None, tables: list[nn.Module], embeddings: bool) -> Target | Skipped:
+              head: nn.Module | None, tables: list[nn.Module], embeddings: bool
+              ) -> Target | Skipped:
     size, dtype = parameter.numel(), parameter.dtype
     if not parameter.is_floating_point():
         return Skipped(name, size, f"stored as {str(dtype).removeprefix('torch.')}")
@@ -117,13 +119,15 @@ def _describe(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter, 
     if leaf == "weight" and (is_linear(module) or is_conv1d(module)):
         if not inside:
             return Skipped(name, size, "task head")
-        rows, columns = reversed(parameter.shape) if is_conv1d(module) else parameter.shape
-        return Target(name, rows, columns, "linear", dtype)
+        swapped = is_conv1d(module)
+        rows, columns = reversed(parameter.shape) if swapped else parameter.shape
+        return Target(name, rows, columns, "linear", dtype, transposed=swapped)
     if is_fused_experts(module) and leaf in EXPERT_LEAVES and parameter.ndim == 3:
         experts, rows, columns = parameter.shape
         if module.is_transposed:
             rows, columns = columns, rows
-        return Target(name, rows, columns, "experts", dtype, experts, parts_of(module, leaf))
+        return Target(name, rows, columns, "experts", dtype, experts, parts_of(module, leaf),
+                      transposed=module.is_transposed)
     if parameter.ndim == 3 and "expert" in f"{name} {type(module).__name__}".lower():
         return Skipped(name, size, f"fused experts of {type(module).__name__} do not go through "
                                    "transformers' experts interface: they stay dense", loud=True)
@@ -131,7 +135,7 @@ def _describe(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter, 
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is an nn.Linear and computes no more than one (Llama 4's router does)."""
+    """Tell whether a module is an nn.Linear that does no more (Llama 4's router does)."""
     return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward
                                               or type(module).__name__ in SAME_AS_LINEAR)
 

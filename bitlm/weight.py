@@ -53,6 +53,7 @@ class PackedWeight(TensorHolder):
         if problems:
             raise ValueError("; ".join(problems))
         self.form = form
+        self._text = form.text  # kept: torch.compile warns of the cached function behind it
         self._dtype = dtype
         for name in form.names:
             term, _, leaf = name.rpartition(".")
@@ -108,9 +109,10 @@ class PackedWeight(TensorHolder):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """Dequantize where a torch function receives the weight itself, as in F.linear(x, weight)."""
-        dense = torch.utils._pytree.tree_map_only(cls, lambda w: w.dequantize(), (args, kwargs or {}))
-        return func(*dense[0], **dense[1])
+        """Dequantize where a torch function gets the weight itself, as in F.linear(x, weight)."""
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda weight: weight.dequantize(),
+                                                         (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     # What it is ---------------------------------------------------------------------------------
 
@@ -127,28 +129,36 @@ class PackedWeight(TensorHolder):
         """Return the stored tensors in the form's order, brought in by their offload hooks."""
         terms = {name: module() if hasattr(module, "_hf_hook") else module._parameters
                  for name, module in self._modules.items()}
+        own = self._parameters
+        if hasattr(self, "_hf_hook") and any(tensor.is_meta for tensor in own.values()):
+            own = self()  # outside of a call, as in F.linear(x, weight)
         found = []
         for name in self.form.names:
             term, _, leaf = name.rpartition(".")
-            found.append(terms[term][leaf] if term else self._parameters[leaf])
+            found.append(terms[term][leaf] if term else own[leaf])
         return found
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense weight, [N, K] or [E, N, K], in `dtype` (default: its own)."""
-        return ops.dequantize(self.tensors(), self.form.text, dtype or self._dtype)
+        return ops.dequantize(self.tensors(), self._text, dtype or self._dtype)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | None = None, bias: Tensor | None = None,
+                offsets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return x @ W.T + bias; for integer x the rows x of W, as an embedding does.
+
+        Without x the weight's own tensors (shift, input_scales), as `Term` does.
 
         x: float [..., K] or int [...]. bias: [N] ([E, N] with experts). offsets: see
         ops.reference.packed_linear. Callers must call the module, not this method: offload hooks
         hang on the call.
         """
+        if x is None:
+            return dict(self._parameters)
         if not x.is_floating_point():
-            return ops.packed_embedding(x, self.tensors(), self.form.text, self._dtype)
+            return ops.packed_embedding(x, self.tensors(), self._text, self._dtype)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return ops.packed_linear(x, self.tensors(), self.form.text, bias, offsets)
+        return ops.packed_linear(x, self.tensors(), self._text, bias, offsets)
 
     def _apply(self, fn, recurse: bool = True):
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """What rounding costs: one model packed in many ways, plain and compensated, against the dense one.
 
-    eval/quality.py MODEL --calibrate TEXT --text TEXT [--context N] [--json FILE]       a causal LM
-    eval/quality.py MODEL --calibrate TEXT --pairs PAIRS.jsonl [--json FILE]       a sentence encoder
+    eval/quality.py MODEL --calibrate TEXT --text TEXT [--context N] [--json FILE]     a causal LM
+    eval/quality.py MODEL --calibrate TEXT --pairs PAIRS.jsonl [--json FILE]     a sentence encoder
 
 A causal LM is judged by perplexity on TEXT (non-overlapping windows, the first token of each not
-predicted) and by KL divergence and top-1 agreement with the dense model. An encoder is judged by the
-cosine of its mean-pooled sentence embeddings to the dense ones, and by the Spearman correlation of
-their similarities with the labels of PAIRS (`sentence1`, `sentence2`, `label`; STS-B's format).
+predicted) and by KL divergence and top-1 agreement with the dense model. An encoder is judged by
+the cosine of its mean-pooled sentence embeddings to the dense ones, and by the Spearman correlation
+of their similarities with the labels of PAIRS (`sentence1`, `sentence2`, `label`; STS-B's format).
 With --json, finished rows are kept there, and a second run goes on where the first one stopped.
 """
 
@@ -31,7 +31,6 @@ from bitlm.calibration.text import read_texts, token_windows
 from bitlm.cli.doctor import cpu_model
 from bitlm.evaluate.language import compare, perplexity
 from bitlm.evaluate.load import load_model
-from bitlm.quantize import source_tokenizer
 from bitlm.scheme import grid
 
 SCHEMES: dict[str, Scheme] = {
@@ -64,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = source.resolve(options.model)
     dense = source.load(folder, source.read_config(folder))
-    tokenizer = source_tokenizer(folder)
+    tokenizer = source.tokenizer(folder)
     if options.text:
         windows = token_windows(tokenizer, read_texts(options.text), options.context)
         judge: Judge = lambda model: judge_text(model, dense, windows)  # noqa: E731

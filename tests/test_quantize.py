@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import bitlm
 from bitlm import checkpoint, job, source
 from bitlm.calibration.text import TextError
+from bitlm.calibration.windows import CalibrationError
 from bitlm.job import JobError
 from bitlm.methods import EncodeError
 from bitlm.modules import packed_weights
@@ -29,8 +30,8 @@ from bitlm.quantize import (
     pack,
     plan_for,
     quantize,
-    source_tokenizer,
 )
+from bitlm.run import StrictError
 from bitlm.scheme import Scheme, SchemeError, grid
 from bitlm.source import SourceError
 from tests import zoo
@@ -62,7 +63,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert not [n for n in first if not torch.equal(first[n], second[n])]
 
 
-# --- what comes out --------------------------------------------------------------------------------
+# --- what comes out -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_every_architecture_from_disk_to_disk(name, tmp_path):
@@ -140,7 +141,7 @@ def test_a_weight_that_is_used_without_its_layer_is_rounded_plainly_and_said_so(
     assert len(report.warnings) == 2 and "dt_proj.weight: the calibration" in report.warnings[0]
     plain = [layer for layer in report.layers if layer.note]
     assert len(plain) == 2 and all(layer.output_error is None for layer in plain)
-    with pytest.raises(QuantizeError, match="--strict"):
+    with pytest.raises(StrictError, match="--strict"):
         quantize(tmp_path / "dense", out=tmp_path / "strict", strict=True, **options)
     assert not (tmp_path / "strict").exists()
 
@@ -149,7 +150,7 @@ def test_a_weight_that_is_used_without_its_layer_is_rounded_plainly_and_said_so(
 def judge():
     """Return a function that gives the KL of a packed model to the dense demo model."""
     from bitlm.evaluate.language import compare
-    ids = source_tokenizer(DEMO)((DEMO / "heldout.txt").read_text(), verbose=False)["input_ids"]
+    ids = source.tokenizer(DEMO)((DEMO / "heldout.txt").read_text(), verbose=False)["input_ids"]
     windows = torch.tensor(ids[:4 * 256]).view(4, 256)
     dense = source.load(DEMO, source.read_config(DEMO))
     return lambda packed: compare(packed, dense, windows).kl
@@ -175,9 +176,8 @@ def test_more_planes_and_refitting_are_nearer_than_a_grid_of_equal_bits(judge):
 
 
 def test_kept_outputs_may_spill_to_a_file(llama, text, tmp_path, monkeypatch):
-    module = sys.modules["bitlm.quantize"]
     quantize(llama, out=tmp_path / "memory", calibrate=text)
-    monkeypatch.setattr(module, "KEPT_BYTES", 0)
+    monkeypatch.setattr("bitlm.calibration.replay.MEMORY_BUDGET", 0)
     quantize(llama, out=tmp_path / "file", calibrate=text)
     assert_same(tmp_path / "memory", tmp_path / "file")
 
@@ -200,7 +200,7 @@ def test_rows_of_zeros_are_exact(tmp_path, llama):
     assert torch.equal(row, torch.zeros_like(row))
 
 
-# --- killed, interrupted, resumed ------------------------------------------------------------------
+# --- killed, interrupted, resumed -----------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -296,7 +296,7 @@ def test_no_space_left_says_so_and_keeps_the_finished_blocks(llama, tmp_path, mo
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-# --- what is refused -------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 def test_wrong_requests(llama, text, tmp_path):
     out = tmp_path / "out"
@@ -364,7 +364,7 @@ def test_a_tokenizer_of_another_model(tmp_path, text):
 
 def test_calibration_without_tokenizer_or_without_text_input(tmp_path, text):
     zoo.make("vit").save_pretrained(tmp_path / "vit")
-    with pytest.raises(QuantizeError, match="no tokenizer"):
+    with pytest.raises(CalibrationError, match="no tokenizer"):
         quantize(tmp_path / "vit", out=tmp_path / "out", calibrate=text)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitlm.hf import BitlmConfig, attach
-from bitlm.modules import install, is_conv1d, packed_weights
+from bitlm.modules import install, packed_weights
 from bitlm.packing import pack_weight
 from bitlm.plan import make_plan
 
@@ -178,9 +178,8 @@ def pack(model: PreTrainedModel, config: BitlmConfig | None = None) -> PreTraine
     for entry in make_plan(model, config.request).entries:
         path, _, leaf = entry.name.rpartition(".")
         owner = model.get_submodule(path)
-        transposed = is_conv1d(owner) or bool(entry.target.experts and owner.is_transposed)
         dense = getattr(owner, leaf).detach()
-        install(model, entry.name, pack_weight(entry, dense, transposed=transposed).weight)
+        install(model, entry.name, pack_weight(entry, dense).weight)
     attach(model, config)
     return model
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+MEMORY_BUDGET = 1 << 30  # bytes
+
 
 class _Stop(Exception):
     """Ends a forward whose rest is not needed."""
@@ -26,15 +28,15 @@ class Replay:
     """Visits blocks in execution order; use as a context manager.
 
     blocks: name -> module. batches: keyword arguments of the model, one dict a batch.
-    memory_budget: bytes of kept outputs beyond which they go to a file.
+    memory_budget: bytes of kept outputs beyond which they go to a file (default: MEMORY_BUDGET).
     """
 
-    def __init__(self, model: nn.Module, blocks: dict[str, nn.Module], batches: list[dict[str, Any]],
-                 memory_budget: int = 1 << 30) -> None:
+    def __init__(self, model: nn.Module, blocks: dict[str, nn.Module],
+                 batches: list[dict[str, Any]], memory_budget: int | None = None) -> None:
         self.model = model
         self.blocks = blocks
         self.batches = batches
-        self._kept = _Outputs(memory_budget)
+        self._kept = _Outputs(MEMORY_BUDGET if memory_budget is None else memory_budget)
         self._visit = None
 
     def __enter__(self) -> Replay:
@@ -71,7 +73,7 @@ class Replay:
             self._run_to(number, index, batch, keep=True)
 
     def observe_rest(self, visits: int, before_batch=lambda: None) -> None:
-        """Run what lies outside the blocks on every batch, the blocks answered from what is kept."""
+        """Run what lies outside the blocks on every batch; the blocks answer from what is kept."""
         for index, batch in enumerate(self.batches):
             before_batch()
             self._run_to(visits, index, batch, keep=False)
@@ -109,7 +111,7 @@ class Replay:
 
 
 class _Outputs:
-    """What a stack's last visit returned for a batch: nested tensors, in memory or in mapped files."""
+    """What a stack's last visit returned for a batch: tensors in memory or in mapped files."""
 
     def __init__(self, memory_budget: int) -> None:
         self._budget = memory_budget

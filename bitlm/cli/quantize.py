@@ -6,10 +6,10 @@ import dataclasses
 import re
 import shlex
 import sys
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
+import tomllib
 import typer
 
 from ..scheme import DEFAULT_PRESET, PRESETS, Scheme, SchemeError, grid
@@ -21,37 +21,37 @@ TOML_KEYS = ("scheme", "preset", "overrides", "skip", "embeddings")
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the dense model.")],
-    preset: Annotated[Optional[str], typer.Option(help=PRESET_HELP)] = None,
-    method: Annotated[Optional[str], typer.Option(help="binary, ternary, salient or grid.")] = None,
-    bits: Annotated[Optional[int], typer.Option(help="Uniform grid of 2 to 8 bits.")] = None,
-    group_size: Annotated[Optional[str], typer.Option(
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    method: Annotated[str | None, typer.Option(help="binary, ternary, salient or grid.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Uniform grid of 2 to 8 bits.")] = None,
+    group_size: Annotated[str | None, typer.Option(
         help='Columns that share a scale, or "row", or "tensor".')] = None,
-    planes: Annotated[Optional[int], typer.Option(help="Planes of codes, 1 to 8.")] = None,
-    salient: Annotated[Optional[float], typer.Option(
+    planes: Annotated[int | None, typer.Option(help="Planes of codes, 1 to 8.")] = None,
+    salient: Annotated[float | None, typer.Option(
         help="Fraction of weights kept at 8 bits.")] = None,
-    embeddings: Annotated[Optional[int], typer.Option(
+    embeddings: Annotated[int | None, typer.Option(
         help="Pack token embeddings and output head too, at this many bits.")] = None,
-    out: Annotated[Optional[Path], typer.Option(
+    out: Annotated[Path | None, typer.Option(
         help="Output folder (default: the model's name and the preset's, here).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
-    calibrate: Annotated[Optional[str], typer.Option(
+    calibrate: Annotated[str | None, typer.Option(
         help="Text file, jsonl or hub id: compensate rounding errors on it.")] = None,
-    calibration_tokens: Annotated[Optional[int], typer.Option(
+    calibration_tokens: Annotated[int | None, typer.Option(
         help="Tokens of calibration text (default: up to 32768).")] = None,
-    skip: Annotated[Optional[list[str]], typer.Option(
+    skip: Annotated[list[str] | None, typer.Option(
         help="Regular expression of weights that stay dense; repeatable.")] = None,
-    override: Annotated[Optional[list[str]], typer.Option(
+    override: Annotated[list[str] | None, typer.Option(
         help="RE=KEY:VALUE,...: other scheme fields for some weights; repeatable.")] = None,
-    config: Annotated[Optional[Path], typer.Option(
+    config: Annotated[Path | None, typer.Option(
         help="TOML file: preset, [scheme], [overrides.\"RE\"], skip, embeddings.")] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Revision of a hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")] = 0,
     dry_run: Annotated[bool, typer.Option(help="Show the plan; write nothing.")] = False,
     strict: Annotated[bool, typer.Option(
         help="Fail where a weight that should be packed cannot be.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
     device: Annotated[str, typer.Option(help="Where weights are encoded: cpu, cuda.")] = "cpu",
-    json_file: Annotated[Optional[Path], typer.Option(
+    json_file: Annotated[Path | None, typer.Option(
         "--json", help="Write the report (or the plan) here too.")] = None,
 ) -> None:
     """Turn a dense checkpoint into a packed one."""
@@ -74,8 +74,9 @@ def _run(model: str, asked: dict[str, Any], out: Path, json_file: Path | None,
     from ..quantize import quantize as run
     from .output import console, table, write_json
     screen, errors = console(), console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
-               TimeRemainingColumn(), TextColumn("relative error {task.fields[error]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(),
+               TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn(),
+               TextColumn("relative error {task.fields[error]}"))
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
         bar = bars.add_task("reading", total=None, error="-")
 
@@ -105,8 +106,8 @@ def _request(preset: str | None, method: str | None, bits: int | None, group_siz
     changes = {key: value for key, value in changes.items() if value is not None}
     if bits is not None:
         if method or planes or salient is not None or preset:
-            raise SchemeError("--bits makes a uniform grid: it does not go with --preset, --method, "
-                              "--planes or --salient")
+            raise SchemeError("--bits makes a uniform grid: it does not go with --preset, "
+                              "--method, --planes or --salient")
         base = grid(bits)
     else:
         base = asked.get("scheme") or preset_named(asked.get("preset") or DEFAULT_PRESET)
@@ -186,13 +187,15 @@ def _value(key: str, text: str, kind: type) -> Any:
 def _show_plan(model: str, asked: dict[str, Any], calibrated: bool, tokens: int | None,
                revision: str | None, json_file: Path | None) -> None:
     from .. import source
-    from ..quantize import CALIBRATION_TOKENS, make_request, peak_memory, plan_for
+    from ..calibration.windows import TOKENS
+    from ..memory import peak_memory
+    from ..quantize import make_request, plan_for
     from ..report import mib, plan_rows
     from .output import console, table, write_json
     asked.pop("name")
     request = make_request(calibrated=calibrated, **asked)
     plan = plan_for(source.resolve(model, revision), request)
-    memory = peak_memory(plan, (tokens or CALIBRATION_TOKENS) if calibrated else 0)
+    memory = peak_memory(plan, (tokens or TOKENS) if calibrated else 0)
     screen = console()
     screen.print(f"Plan for {model}\n")
     screen.print(table(("modules", "weights", "size", "scheme"), [

@@ -37,4 +37,6 @@ def attach(model: PreTrainedModel, config: BitlmConfig) -> None:
     BitlmQuantizer(config, pre_quantized=True).attach(model)
 
 
+register()
+
 __all__ = ["BitlmConfig", "BitlmQuantizer", "attach", "register"]

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    PrefixChange,
+    SplitModulelist,
+    WeightConverter,
+)
 from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint import raise_problems, split_name
 from ..methods.registry import statistics_needed
-from ..modules import PackedEmbedding, install, is_conv1d, packed_weights, uninstall
+from ..modules import PackedEmbedding, install, packed_weights, uninstall
 from ..ops.form import check
 from ..packing import pack_weight
 from ..plan import Entry, make_plan
@@ -135,6 +140,7 @@ class BitlmQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
         """Return the state dict with the guard: see `guard_name`."""
+        refuse_squeezing(model)
         state = model.state_dict()
         guard = guard_name(model)
         if guard is not None:
@@ -154,9 +160,7 @@ class BitlmQuantizer(HfQuantizer):
     def pack(self, model: PreTrainedModel, name: str, dense: Tensor) -> list[str]:
         """Encode one planned weight and install it under all its tied names, which are returned."""
         entry = self.entries[name]
-        owner = model.get_submodule(name.rpartition(".")[0])
-        transposed = is_conv1d(owner) or bool(entry.target.experts and owner.is_transposed)
-        packed = pack_weight(entry, dense, transposed=transposed)
+        packed = pack_weight(entry, dense)
         install(model, name, packed.weight)
         twins = install_twins(model, name, tuple(self.quantization_config.skip))
         for other in (name, *twins):
@@ -278,6 +282,17 @@ def set_conversions(quantizer: BitlmQuantizer, model: PreTrainedModel) -> None:
         mapping = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
     model._weight_conversions = quantizer.update_weight_conversions(conversions, model)
+
+
+def refuse_squeezing(model: PreTrainedModel) -> None:
+    """Raise where transformers, before 5.23, would drop axes of length 1 from experts it saves."""
+    split = SplitModulelist(dim=0).convert({"x": torch.zeros(1, 1, 2)}, ["x"], ["y.*"])
+    apart = any(isinstance(entry, WeightConverter) for entry in model._weight_conversions or ())
+    thin = [name for name, weight in packed_weights(model).items() if weight.form.experts
+            and any(1 in tensor.shape[1:] for _, tensor in weight.named_tensors())]
+    if split["y.0"].shape != (1, 2) and apart and thin:
+        raise RuntimeError(f"this transformers would save {thin[0]} in a wrong shape: "
+                           'pip install -U "transformers>=5.23"')
 
 
 def refuse_tensor_parallel(model: PreTrainedModel) -> None:

@@ -14,10 +14,10 @@ from . import cpu, reference
 from .form import parse
 
 # `prepared` is a backend's own layout of the same weight, `activation` how it may round x ("float":
-# not at all) and `offsets` the ends of the experts' slices of a sorted x: see reference.packed_linear.
+# not at all), `offsets` the ends of the experts' slices of a sorted x: see reference.packed_linear.
 SCHEMAS = {
-    "packed_linear": "(Tensor x, Tensor[] tensors, str form, Tensor? bias=None, "
-                     "Tensor? offsets=None, Tensor? prepared=None, str activation='float') -> Tensor",
+    "packed_linear": "(Tensor x, Tensor[] tensors, str form, Tensor? bias=None, Tensor? "
+                     "offsets=None, Tensor? prepared=None, str activation='float') -> Tensor",
     "packed_linear_dx": "(Tensor grad, Tensor[] tensors, str form, Tensor? offsets=None) -> Tensor",
     "packed_embedding": "(Tensor ids, Tensor[] tensors, str form, ScalarType dtype) -> Tensor",
     "dequantize": "(Tensor[] tensors, str form, ScalarType dtype) -> Tensor",

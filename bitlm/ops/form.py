@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import ceil
 
 import torch
@@ -117,13 +117,13 @@ class Form:
         return _text(self)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _text(form: Form) -> str:
     numbers = (form.rows, form.columns, form.group_size, form.plane_ratio, form.parts, form.experts)
     return " ".join(map(str, numbers)) + " " + ",".join(form.names)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Form:
     """Return the Form that `Form.text` wrote."""
     *numbers, names = text.split(" ")
@@ -132,7 +132,8 @@ def parse(text: str) -> Form:
                 parts, experts)
 
 
-def axis_lengths(form: Form, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, int | None]]:
+def axis_lengths(form: Form, shapes: dict[str, tuple[int, ...]]
+                 ) -> dict[str, dict[str, int | None]]:
     """Return, for every tensor, what each axis letter of its row must be (None: free).
 
     `shapes` (without the expert axis) tells the sizes that come from the data: the covered columns
@@ -173,7 +174,8 @@ def axis_lengths(form: Form, shapes: dict[str, tuple[int, ...]]) -> dict[str, di
     return lengths
 
 
-def check(form: Form, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> list[str]:
+def check(form: Form, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
+          ) -> list[str]:
     """Return what is wrong with the given tensors of a weight, one sentence each; [] when right.
 
     `shapes` and `dtypes` are keyed by tensor name; shapes include the expert axis if there is one.
@@ -194,7 +196,7 @@ def check(form: Form, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torc
             wanted = [spec.axes[i - len(lead)] if w is None else w for i, w in enumerate(want)]
             problems.append(f"{name} has shape {list(shape)}, expected {wanted}")
         if dtypes[name] not in spec.dtypes:
-            allowed = " or ".join(str(d).removeprefix("torch.") for d in spec.dtypes)
-            problems.append(f"{name} is {str(dtypes[name]).removeprefix('torch.')}, expected {allowed}")
+            found, *allowed = (str(d).removeprefix("torch.") for d in (dtypes[name], *spec.dtypes))
+            problems.append(f"{name} is {found}, expected {' or '.join(allowed)}")
     problems += [f"{name} is not part of this weight" for name in shapes if name not in form.names]
     return problems

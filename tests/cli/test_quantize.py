@@ -61,7 +61,8 @@ def test_overrides_are_parsed_by_the_type_of_their_field():
 
 def test_a_toml_file_says_the_rest(tmp_path, run, zoo):
     file = tmp_path / "request.toml"
-    file.write_text('skip = ["o_proj"]\nembeddings = 8\n[scheme]\nmethod = "ternary"\ntrits = true\n'
+    file.write_text('skip = ["o_proj"]\nembeddings = 8\n'
+                    '[scheme]\nmethod = "ternary"\ntrits = true\n'
                     '[overrides."down_proj"]\nplanes = 2\n')
     result = run("quantize", zoo / "llama", "--config", file, "--dry-run", "--json",
                  tmp_path / "plan.json")

@@ -160,10 +160,12 @@ def test_the_hook_is_fast_and_quiet():
     "import transformers.quantizers.auto; from transformers import LlamaForCausalLM",
     "import transformers.modeling_utils; import transformers.cache_utils, transformers.pipelines",
     "import transformers.modeling_utils, bitlm",
+    "import bitlm; bitlm.BitlmConfig()",
 ])
 def test_real_imports(order, installed):
-    run(order + "\nfrom transformers import AutoModelForCausalLM, BertModel\n" + REGISTERED,
-        installed, ROOT, PACKAGES)
+    code = f"{order}\nfrom transformers import AutoModelForCausalLM, BertModel\n{REGISTERED}"
+    errors = run(code, installed, ROOT, PACKAGES)
+    assert "not registered" not in errors
 
 
 def test_opens_a_packed_checkpoint_without_import_bitlm(installed):

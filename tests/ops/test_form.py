@@ -70,7 +70,8 @@ def test_right_weights_have_no_problem(seed):
 
 
 @pytest.mark.parametrize("experts", [0, 2])
-@pytest.mark.parametrize("terms", [(*TERMS, "salient.mask"), (*TERMS, "salient.columns"), ("rank",)])
+@pytest.mark.parametrize("terms", [(*TERMS, "salient.mask"), (*TERMS, "salient.columns"),
+                                   ("rank",)])
 def test_every_tensor_is_checked(terms, experts):
     form, named = plain.example(terms=terms, experts=experts, **EVERYTHING)
     for name, tensor in named.items():
