@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Entry:
         """Return the planned bytes; 0 for a weight tied to another."""
         if self.target.tied:
             return 0
-        return sum(_numel(shape) * dtype.itemsize for dtype, shape in self.tensors().values())
+        return sum(prod(shape) * dtype.itemsize for dtype, shape in self.tensors().values())
 
 
 @dataclass(frozen=True)
@@ -181,13 +182,6 @@ def _salient_counts(form: Form, scheme: Scheme) -> tuple[int, int]:
     rows = form.rows // form.parts
     return (sum(round(scheme.salient * own) for own in widths),
             sum(round(scheme.salient * (rows * own)) for own in widths))
-
-
-def _numel(shape: Iterable[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 def _totals(model: nn.Module, exclude: Iterable[str]) -> tuple[int, int]:

@@ -15,10 +15,11 @@ import bitlm
 ROOT = Path(bitlm.__file__).parent
 # Each part of the package and the parts that it may import, also inside functions. `bitlm` is the
 # package's own __init__ (its version). A part that is not listed fails: think, then list it.
+FORM = {"scheme", "ops", "weight", "modules", "targets", "methods", "plan", "packing"}
+RUN = FORM | {"calibration", "job", "memory", "output"}
 ALLOWED: dict[str, set[str]] = {
     "bitlm": set(),
     "scheme": set(),
-    "memory": set(),
     "verdict": set(),
     "job": set(),
     "ops": {"bitlm"},  # where the compiled library lies
@@ -29,17 +30,17 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"scheme", "targets", "ops", "methods"},  # the registry says a method's alphabet
     "packing": {"plan", "methods", "weight"},
     "calibration": {"targets"},
+    "memory": {"calibration", "plan"},
     "checkpoint": {"plan", "weight", "modules", "ops"},
     "report": {"plan", "verdict"},
     "source": {"checkpoint", "targets"},
-    "hf": {"bitlm", "scheme", "ops", "weight", "modules", "targets", "plan", "packing", "methods",
-           "checkpoint"},
-    "evaluate": {"weight", "plan", "hf", "report", "source", "verdict", "checkpoint"},
-    "quantize": {"bitlm", "scheme", "weight", "modules", "targets", "plan", "packing", "methods",
-                 "calibration", "checkpoint", "report", "hf", "source", "verdict", "job", "memory"},
-    "cli": {"bitlm", "scheme", "ops", "weight", "modules", "targets", "plan", "packing", "methods",
-            "calibration", "checkpoint", "report", "hf", "evaluate", "quantize", "source",
-            "verdict", "job", "memory"},
+    "output": {"source"},
+    "hf": FORM | {"bitlm", "checkpoint"},
+    "evaluate": {"weight", "plan", "hf", "report", "source"},
+    "run": RUN,
+    "quantize": RUN | {"bitlm", "run", "report", "hf", "source", "verdict"},
+    "cli": RUN | {"bitlm", "checkpoint", "evaluate", "hf", "quantize", "report", "run", "source",
+                  "verdict"},
 }
 # Libraries of others that a part must not need at all.
 NO_LIBRARIES = ("scheme",)

@@ -42,7 +42,7 @@ def matrix(layer):
 
 
 def inputs(layer, dtype=torch.float32):
-    return torch.tensor([[0, 8, 2]]) if isinstance(layer, nn.Embedding) else \
+    return torch.arange(9).view(3, 3) if isinstance(layer, nn.Embedding) else \
         torch.randn(2, 3, 12, dtype=dtype)
 
 
@@ -52,7 +52,7 @@ def test_installed_and_taken_out_again(name, dtype):
     model = nn.ModuleDict({"inner": nn.ModuleDict({"layer": LAYERS[name]().to(dtype)})})
     dense = model["inner"]["layer"]
     values, bias = dense.weight.detach().clone(), getattr(dense, "bias", None)
-    weight = pack(matrix(dense))
+    weight = pack(matrix(dense), Scheme(method="ternary", group_size=2))  # many values
     install(model, "inner.layer.weight", weight)
     layer = model["inner"]["layer"]
     expected_class = PackedEmbedding if isinstance(dense, nn.Embedding) else PackedLinear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +26,9 @@ def inspect(
     screen.print("", table(("packed", "scheme", "weights", "size"),
                            [(kind, scheme, f"{numel:,}", mib(size))
                             for kind, scheme, numel, size in found["packed"]]))
-    screen.print("", table(("dense", "weights", "why"),
-                           [(kind, f"{numel:,}", reason) for kind, reason, numel in found["dense"]],
-                           left=True))
+    if found["dense"]:
+        screen.print("", table(("dense", "weights", "why"), [
+            (kind, f"{numel:,}", reason) for kind, reason, numel in found["dense"]], left=True))
     screen.print("", table(("layers", "on this CPU"), found["kernels"], left=True))
     if verify:
         from ..checkpoint import deep_verify
@@ -67,7 +68,7 @@ def examine(folder: Path) -> dict[str, Any]:
         plan = make_plan(skeleton(config, dtype), request)
     sizes = Counter()
     for name, header in headers.items():
-        sizes[bool(split_name(name)[1])] += _numel(header.shape) * header.dtype.itemsize
+        sizes[bool(split_name(name)[1])] += prod(header.shape) * header.dtype.itemsize
     total = sizes[True] + sizes[False]
     numel = plan.packed_numel + plan.dense_numel
     report = _report(folder)
@@ -147,9 +148,3 @@ def _report(folder: Path) -> dict[str, Any]:
         return {}
     return found if isinstance(found, dict) else {}
 
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total

@@ -27,7 +27,7 @@ def console(stderr: bool = False) -> Console:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> Table:
     """Return a plain table: the first column to the left, the others to the right unless `left`."""
-    made = Table(box=None, pad_edge=False, padding=(0, 1))
+    made = Table(box=None, pad_edge=False, padding=(0, 1), show_header=any(columns))
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index and not left else "left", overflow="fold")
     for row in rows:
