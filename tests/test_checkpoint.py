@@ -5,7 +5,6 @@ import struct
 
 import pytest
 import torch
-import zoo
 from safetensors.torch import load_file, save_file
 
 from bitlm import checkpoint
@@ -17,6 +16,7 @@ from bitlm.checkpoint import (
     split_name,
 )
 from bitlm.hf import BitlmConfig
+from tests import zoo
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 

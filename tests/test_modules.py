@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import zoo
 from accelerate import cpu_offload, disk_offload
 from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
@@ -19,6 +18,7 @@ from bitlm.packing import pack_weight
 from bitlm.plan import Request, make_plan
 from bitlm.scheme import Scheme, grid
 from bitlm.weight import PackedWeight, from_encoded
+from tests import zoo
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 7),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import zoo
 
 from bitlm.hf import BitlmConfig
 from bitlm.methods import METHODS
 from bitlm.packing import pack_weight
 from bitlm.plan import Request, make_plan
 from bitlm.scheme import PRESETS, Scheme, SchemeError, grid
+from tests import zoo
 
 MODELS = ("llama", "gpt2", "bert", "t5_relu", "mixtral", "gpt_oss")
 SCHEMES = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-import zoo
 from torch import nn
 from transformers import PreTrainedModel
 
 from bitlm.modules import is_conv1d
 from bitlm.targets import Target, find
+from tests import zoo
 
 LLAMA4 = dict(vocab_size=99, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48,
               num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

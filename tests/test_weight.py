@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from ops import plain
 from torch import nn
 from torch.nn.functional import linear
 
@@ -14,6 +13,7 @@ from bitlm.methods import encode
 from bitlm.ops.form import TABLE, Form
 from bitlm.scheme import Scheme
 from bitlm.weight import PackedWeight, Term, from_encoded, stack_experts
+from tests.ops import plain
 
 ALL = ("zones", "columns", "shift", "input_scales", "chain", "low_rank", "salient.mask")
 

@@ -55,6 +55,9 @@ def _plan(model: PreTrainedModel, request: Request, found: Found) -> dict[str, E
         if any(re.search(pattern, saved) for pattern in request.skip):
             continue
         entries[target.name] = Entry(target, request.scheme_for(replace(target, name=saved)))
+    # A weight whose source stays dense stays tied to it, and dense.
+    entries = {name: entry for name, entry in entries.items()
+               if not entry.target.tied or entry.target.tied in entries}
     for name, entry in entries.items():
         source = tied_group(model, name)[0]
         if source in entries:

@@ -174,13 +174,42 @@ def axis_lengths(form: Form, shapes: dict[str, tuple[int, ...]]
     return lengths
 
 
+# A term is whole when it has all tensors of one of these sets.
+WHOLE: dict[str, tuple[set[str], ...]] = {
+    "chain": ({"left", "right", "row_scales", "rank_scales", "column_scales"},),
+    "low_rank": ({"u", "v"},),
+    "salient": ({"mask", "values", "scales", "zeros"}, {"columns", "values", "scales", "zeros"}),
+    "plane": tuple(codes | scales for codes in ({"signs"}, {"trits"})
+                   for scales in ({"scales"}, {"row_scales", "column_scales"})),
+    "plane that halves": ({"signs"}, {"trits"}),
+}
+
+
+def incomplete(form: Form) -> list[str]:
+    """Return which terms of a form lack tensors that they need, one sentence each."""
+    terms: dict[str, set[str]] = {}
+    for name in form.names:
+        term, _, leaf = name.rpartition(".")
+        if term:
+            terms.setdefault(term, set()).add(leaf)
+    problems = []
+    for term, leaves in terms.items():
+        kind_of = term.rstrip("0123456789")
+        if kind_of == "plane" and form.plane_ratio != 1 and term != "plane0":
+            kind_of = "plane that halves"
+        if not any(whole <= leaves for whole in WHOLE[kind_of]):
+            ways = " or ".join(", ".join(sorted(whole)) for whole in WHOLE[kind_of])
+            problems.append(f"{term} has {', '.join(sorted(leaves))}, it needs {ways}")
+    return problems
+
+
 def check(form: Form, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
           ) -> list[str]:
     """Return what is wrong with the given tensors of a weight, one sentence each; [] when right.
 
     `shapes` and `dtypes` are keyed by tensor name; shapes include the expert axis if there is one.
     """
-    problems = []
+    problems = incomplete(form)
     lead = (form.experts,) if form.experts else ()
     inner = {n: tuple(s[len(lead):]) for n, s in shapes.items()}
     lengths = axis_lengths(form, inner)

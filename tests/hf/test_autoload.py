@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import zoo
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import bitlm_autoload
+from tests import zoo
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = sysconfig.get_path("purelib")

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-import zoo
+
+from tests import zoo
 
 
 @pytest.fixture(autouse=True)

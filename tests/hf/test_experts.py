@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-import zoo
 
 from bitlm.hf import BitlmConfig
 from bitlm.hf.experts import NAME
 from bitlm.modules import packed_weights, uninstall
 from bitlm.weight import PackedWeight
+from tests import zoo
 
 
 def dequantized(model):

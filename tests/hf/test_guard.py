@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-import zoo
 from safetensors import safe_open
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from bitlm.hf import BitlmConfig
+from tests import zoo
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import zoo
 
 from bitlm.hf import BitlmConfig
+from tests import zoo
 
 MAPS = {
     "llama": {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu",

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from bitlm.modules import packed_weights
+from tests import zoo
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "bert", "t5_relu"])

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 import transformers
-import zoo
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from bitlm.checkpoint import CheckpointError
 from bitlm.hf import BitlmConfig
 from bitlm.modules import packed_weights
 from bitlm.weight import PackedWeight
+from tests import zoo
 
 
 @pytest.fixture

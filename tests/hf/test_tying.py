@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import zoo
 from safetensors import safe_open
 
 from bitlm.hf import BitlmConfig
 from bitlm.hf.tying import tied_group
 from bitlm.weight import PackedWeight
+from tests import zoo
 
 TIED = ("llama_tied", "gpt2", "opt", "bloom", "gemma3", "bart", "pegasus", "t5_relu", "whisper")
 SHARED = BitlmConfig(embeddings=8)
@@ -66,3 +66,12 @@ def test_the_dtype_is_that_of_the_dense_rest(name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = zoo.auto_class(name).from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16 and zoo.same_tensors(model, loaded) == []
+
+
+@pytest.mark.parametrize("skip", ["embed_tokens", "lm_head"])
+def test_one_of_two_tied_weights_may_stay_dense(skip, tmp_path):
+    model = zoo.pack(zoo.make("llama_tied"), BitlmConfig(embeddings=8, skip=[skip]))
+    model.save_pretrained(tmp_path)
+    loaded = zoo.auto_class("llama_tied").from_pretrained(tmp_path)
+    assert zoo.same_tensors(model, loaded) == []
+    torch.testing.assert_close(zoo.output(model, "llama_tied"), zoo.output(loaded, "llama_tied"))

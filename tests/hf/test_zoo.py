@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-import zoo
 
 from bitlm.hf import BitlmConfig
 from bitlm.weight import PackedWeight
+from tests import zoo
 
 SCHEMES = {
     "ternary": BitlmConfig("ternary"),

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from encoded import close, dense, random_hessian, random_weight, through
 
 from bitlm.methods import EncodeError, compensation, encode
 from bitlm.methods.compensation import blocks, compensate, factor
 from bitlm.scheme import Scheme
+from tests.methods.encoded import close, dense, random_hessian, random_weight, through
 
 ALL = [Scheme(), Scheme(planes=2, refit=3), Scheme("ternary"), Scheme("ternary", refit=3),
        Scheme("grid", 3, center="shift"), Scheme("salient", salient=.1),

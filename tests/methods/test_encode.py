@@ -2,14 +2,14 @@
 
 import math
 
-import plain
 import pytest
 import torch
-from encoded import close, dense, random_hessian, random_weight, through
 
 from bitlm.methods import EncodeError, Fit, encode, register, registry, statistics_needed
 from bitlm.methods.levels import TERNARY, stored
 from bitlm.scheme import Scheme, SchemeError
+from tests.methods import plain
+from tests.methods.encoded import close, dense, random_hessian, random_weight, through
 
 SHAPES = [(1, 1), (3, 5), (16, 64), (7, 172), (64, 130)]
 SIZES = [1, 3, 7, 32, 128, "row", "tensor"]

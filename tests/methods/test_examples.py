@@ -2,12 +2,22 @@
 
 import pytest
 import torch
-from encoded import PB_H, PB_W, PB_X, SMALL, close, dense, output_error, through, waves
 
 from bitlm.methods import binary
 from bitlm.methods.compensation import factor
 from bitlm.methods.encoding import encode_with_mask
 from bitlm.scheme import Scheme
+from tests.methods.encoded import (
+    PB_H,
+    PB_W,
+    PB_X,
+    SMALL,
+    close,
+    dense,
+    output_error,
+    through,
+    waves,
+)
 
 ROW = Scheme(group_size="row", scale_dtype="float32")
 PB = ROW.replace(method="salient", salient=0.25, salient_metric="hessian", compensate=True,

@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
-from weights import random_weight
 
 from bitlm.ops import cpu, library, reference
+from tests.weights import random_weight
 
 pytestmark = pytest.mark.skipif(library.load().library is None,
                                 reason=str(library.load().reason))

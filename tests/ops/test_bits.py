@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from ops import plain
 
 from bitlm.ops.bits import pack_bits, pack_trits, unpack_bits, unpack_trits
+from tests.ops import plain
 
 ALL_BITS = [[byte >> j & 1 for j in range(8)] for byte in range(256)]
 ALL_TRITS = list(itertools.product((-1, 0, 1), repeat=5))  # in the order of their bytes

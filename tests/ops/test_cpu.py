@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from weights import random_weight
 
 from bitlm.ops import cpu, library, packed_linear, reference
 from bitlm.ops.form import Form
+from tests.weights import random_weight
 
 native = pytest.mark.skipif(library.load().library is None, reason=str(library.load().reason))
 

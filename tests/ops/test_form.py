@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import plain
 
 from bitlm.ops import form as forms
 from bitlm.ops.form import Form, check, parse
+from tests.ops import plain
 
 EVERYTHING = dict(kinds=("signs", "mask", "trits"), rows=4, columns=20, group_size=8)
 TERMS = ("columns", "zones", "shift", "input_scales", "chains", "low_rank")
@@ -135,3 +135,21 @@ def test_sizes_that_come_from_the_data_must_agree():
     form, named = plain.example(("signs",), ("rank",), rows=4, columns=20)
     assert problems(form, named, **{"plane0.row_scales": named["plane0.row_scales"][:, :2]}) == [
         "plane0.column_scales has shape [1, 3, 20], expected [1, 2, 20]"]
+
+
+@pytest.mark.parametrize("names, problem", [
+    (("plane0.signs",), "plane0 has signs, it needs"),
+    (("plane0.mask", "plane0.scales"), "plane0 has mask, scales"),
+    (("plane0.signs", "plane0.row_scales"), "plane0 has row_scales, signs"),
+    (("plane0.signs", "plane0.scales", "salient.mask", "salient.values"), "salient has mask"),
+    (("plane0.signs", "plane0.scales", "low_rank.u"), "low_rank has u, it needs u, v"),
+    (("plane0.signs", "plane0.scales", "chain0.left", "chain0.right"), "chain0 has left, right"),
+])
+def test_terms_that_lack_a_tensor(names, problem):
+    assert problem in forms.incomplete(Form(8, 16, names, 8))[0]
+
+
+def test_only_plane_0_of_a_grid_needs_scales():
+    names = ("plane0.signs", "plane0.scales", "plane1.signs")
+    assert forms.incomplete(Form(8, 16, names, 8, plane_ratio=2)) == []
+    assert forms.incomplete(Form(8, 16, names, 8)) != []

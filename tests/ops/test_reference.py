@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops import plain
 from torch.nn.functional import embedding
 from torch.nn.functional import linear as dense_linear
 
 from bitlm import ops
 from bitlm.ops import reference
 from bitlm.ops.form import Form
+from tests.ops import plain
 
 KINDS = {"binary": ("signs",), "ternary": ("mask",), "trits": ("trits",),
          "unlike": ("signs", "trits", "mask"), "five": ("signs",) * 5}
