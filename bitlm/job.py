@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two runs into one folder are then not kept apart
+    fcntl = None
 
 JOB = "job.json"
 
@@ -51,8 +58,12 @@ class Job:
         return self.folder / f"unit-{unit:04d}.safetensors"
 
     def done(self, unit: int) -> bool:
-        """Tell whether a unit was finished."""
-        return self.path(unit).exists()
+        """Tell whether a unit was finished; a file that a crash left damaged does not count."""
+        try:
+            with safe_open(self.path(unit), framework="pt") as file:
+                return "notes" in file.metadata()
+        except (OSError, SafetensorError, TypeError):
+            return False
 
     def write(self, unit: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Store a finished unit; the file appears only when it is whole."""
@@ -70,6 +81,24 @@ class Job:
     def discard(self) -> None:
         """Remove the work folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output folder's lock; raises JobError while another run holds it."""
+    path = out.parent / f".{out.name}.bitlm-lock"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle = open(path, "w")
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        raise JobError(f"another bitlm run is writing {out}: wait for it, or choose another output "
+                       "folder") from None
+    finally:
+        handle.close()
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], path: str = "") -> None:

@@ -121,9 +121,13 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     """
     targets, skipped = find(model, request.skip, request.embeddings is not None)
     for pattern in request.overrides:
-        if not any(compile_pattern(pattern).search(target.name) for target in targets):
+        hits = [target for target in targets if compile_pattern(pattern).search(target.name)]
+        if not hits:
             raise ValueError(f"override pattern {pattern!r} matches no packed weight of this "
                              "model: see `bitlm quantize --dry-run` for the names")
+        if all(target.tied for target in hits):
+            raise ValueError(f"override pattern {pattern!r}: {hits[0].name} is tied to "
+                             f"{hits[0].tied}, so name that one")
     if not targets:
         raise ValueError(f"{type(model).__name__} has no linear layer to pack")
     by_name = {target.name: target for target in targets}
@@ -131,6 +135,9 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
                     for target in targets)
     for entry in entries:
         registry.method(entry.scheme)
+        if entry.target.role == "embedding" and registry.statistics_needed(entry.scheme) != "none":
+            raise ValueError(f"{entry.name} is looked up, not multiplied: an embedding cannot be "
+                             "compensated or chosen from by Hessian")
     numel, size = _totals(model, exclude=())
     dense_numel, dense_bytes = _totals(model, exclude=list(by_name))
     return Plan(entries, tuple(skipped), dense_bytes, dense_numel, size)

@@ -20,11 +20,12 @@ from torch import nn
 
 from . import __version__, source, verdict
 from .calibration.windows import Calibration, read_calibration
-from .job import Job, JobError
+from .checkpoint import checkpoint_files, read_headers
+from .job import Job, locked
 from .memory import return_freed_memory
 from .methods.registry import statistics_needed
 from .modules import install, packed_weights
-from .output import copy_companions, publish_modes, room, whole
+from .output import REPORT, check, copy_companions, publish_modes, room, whole
 from .packing import pack_weight
 from .plan import Plan, Request, make_plan
 from .report import Layer, Report, mib
@@ -47,7 +48,7 @@ def make_request(preset: str | None = None, scheme: Scheme | None = None, *,
     if preset is not None and scheme is not None:
         raise QuantizeError("give a preset or a scheme, not both")
     base = scheme if scheme is not None else preset_named(preset or DEFAULT_PRESET)
-    if isinstance(embeddings, int):
+    if embeddings is not None and not isinstance(embeddings, Scheme):
         embeddings = embedding_scheme(embeddings)
     return Request(base.calibrated() if calibrated else base, dict(overrides or {}), tuple(skip),
                    embeddings)
@@ -80,10 +81,11 @@ def quantize(model: str | os.PathLike, preset: str | None = None, *, out: str | 
     (no space left); `out` appears only when it is whole, and the source is never written to.
     """
     clock = _Clock()
-    folder, out = source.resolve(model, revision), Path(out)
-    _check_out(out, folder, overwrite)
-    config = source.read_config(folder)
-    files = source.weight_files(folder)
+    _check_device(device)
+    folder, target = source.resolve(model, revision), Path(os.path.realpath(out))
+    config, files = source.read_config(folder), source.weight_files(folder)
+    texts = [Path(calibrate)] if calibrate is not None and Path(calibrate).exists() else []
+    check(target, [folder, *files, *texts], overwrite)
     headers = source.read_headers(folder)
     request = make_request(preset, scheme, calibrated=calibrate is not None, overrides=overrides,
                            skip=skip, embeddings=embeddings)
@@ -96,35 +98,32 @@ def quantize(model: str | os.PathLike, preset: str | None = None, *, out: str | 
     calibration = None
     if calibrate is not None:
         calibration = read_calibration(calibrate, tokenizer, config, calibration_tokens, seed)
-    job = Job(out, _identity(folder, files, request, calibration), resume, overwrite)
-    clock.lap("prepare")
-
-    return_freed_memory()
-    dense = source.load(folder, config)
-    run = Run(dense, plan, job, torch.device(device), progress, strict)
-    run.calibrated(calibration) if calibration else run.data_free()
-    warnings += run.warnings
-    clock.lap("encode")
-    with whole(out, overwrite) as part:
-        run.install_all()
-        _attach(dense, request, model, calibration)
-        with room(), source.quiet():
-            dense.save_pretrained(part)
-        copy_companions(folder, part)
-        clock.lap("write")
-        report = _report(run, str(model), out, request, calibration, warnings, command)
-        if measure_verdict:
-            ids = verdict.bundled_ids(tokenizer, dense)
-            if ids is not None:
-                measured = verdict.measure(dense, source.load(folder, config), ids)
-                report.verdict = _advised(measured, folder, request, calibration)
-            clock.lap("verdict")
-        report.seconds = clock.laps
-        data = json.dumps(report.to_dict(), indent=2) + "\n"
-        (part / "bitlm_report.json").write_text(data, "utf-8")
-        (part / "README.md").write_text(report.card(), "utf-8")
-        publish_modes(part)
-    job.discard()
+    with locked(target):
+        job = Job(target, _identity(folder, files, request, calibration), resume, overwrite)
+        clock.lap("prepare")
+        return_freed_memory()
+        dense = source.load(folder, config)
+        run = Run(dense, plan, job, torch.device(device), progress, strict, warnings)
+        run.calibrated(calibration) if calibration else run.data_free()
+        clock.lap("encode")
+        with whole(target) as part:
+            run.install_all()
+            _attach(dense, request, model, calibration)
+            with room(), source.quiet():
+                dense.save_pretrained(part)
+            copy_companions(folder, part)
+            clock.lap("write")
+            report = _report(run, model, out, part, headers, request, calibration, command)
+            if measure_verdict:
+                report.verdict = _verdict(dense, folder, config, tokenizer, request, calibration,
+                                          warnings)
+                clock.lap("verdict")
+            report.seconds = clock.laps
+            data = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
+            (part / REPORT).write_text(data, "utf-8")
+            (part / "README.md").write_text(report.card(), "utf-8")
+            publish_modes(part)
+        job.discard()
     return report
 
 
@@ -167,45 +166,68 @@ def _check_statistics(plan: Plan, calibrate: object) -> None:
                             "FILE (in Python: quantize(..., calibrate=FILE))")
 
 
-def _check_out(out: Path, folder: Path, overwrite: bool) -> None:
-    if out.resolve() == folder.resolve() or folder.resolve().is_relative_to(out.resolve()):
-        raise JobError(f"{out} holds the source model: choose another output folder")
-    if out.exists() and not out.is_dir():
-        raise JobError(f"{out} is a file: choose another output folder")
-    if out.exists() and not overwrite:
-        raise JobError(f"{out} exists: choose another output folder or pass --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise QuantizeError(f"no device {device!r} here: leave --device out to encode on the CPU"
+                            ) from None
 
 
 def _identity(folder: Path, files: list[Path], request: Request,
               calibration: Calibration | None) -> dict[str, Any]:
     return {"version": __version__, "source": source.fingerprint(folder, files),
-            "scheme": request.scheme.to_dict(), "overrides": request.overrides,
-            "skip": list(request.skip),
-            "embeddings": request.embeddings.to_dict() if request.embeddings else None,
-            "calibration": calibration.to_dict() if calibration else None}
+            **request_dict(request), "calibration": calibration.to_dict() if calibration else None}
 
 
-def _report(run: Run, model: str, out: Path, request: Request, calibration: Calibration | None,
-            warnings: list[str], command: str) -> Report:
+def _report(run: Run, model: str | os.PathLike, out: str | os.PathLike, part: Path,
+            headers: dict, request: Request, calibration: Calibration | None, command: str
+            ) -> Report:
     plan, weights = run.plan, packed_weights(run.model)
-    layers, seen = [], 0
+    layers, packed_bytes = [], 0
     for name, entry in run.entries.items():
         size = weights[name].nbytes()
-        seen += size
+        packed_bytes += size
         note = run.notes[name]
         layers.append(Layer(name, list(weights[name].shape), entry.scheme.method,
                             8 * size / entry.target.numel, size, note["relative_error"],
                             note["output_error"], note["note"]))
     skipped = [{"name": s.name, "numel": s.numel, "reason": s.reason} for s in plan.skipped]
-    asked = {"scheme": request.scheme.to_dict(), "overrides": request.overrides,
-             "skip": list(request.skip),
-             "embeddings": request.embeddings.to_dict() if request.embeddings else None}
-    return Report(model, str(out), asked, layers, skipped, seen, plan.packed_numel,
-                  plan.dense_bytes, plan.dense_numel, plan.source_bytes,
-                  calibration.to_dict() if calibration else None, warnings=warnings,
-                  command=command or f"bitlm quantize {Path(model).name}",
-                  producer=f"bitlm {__version__}")
+    written = source.nbytes(read_headers(checkpoint_files(part)))
+    local = Path(model).is_dir()
+    return Report(
+        model=Path(os.path.realpath(model)).name if local else str(model), hub=not local,
+        out=str(out), request=request_dict(request), layers=layers, skipped=skipped,
+        packed_bytes=packed_bytes, packed_numel=plan.packed_numel,
+        dense_bytes=written - packed_bytes, dense_numel=plan.dense_numel,
+        source_bytes=source.nbytes(headers),
+        calibration=calibration.to_dict() | {"source": Path(calibration.source).name}
+        if calibration else None,
+        warnings=run.warnings, command=command or f"bitlm quantize {Path(model).name}",
+        producer=f"bitlm {__version__}")
+
+
+def request_dict(request: Request) -> dict[str, Any]:
+    """Return a request as JSON types."""
+    return {"scheme": request.scheme.to_dict(), "overrides": request.overrides,
+            "skip": list(request.skip),
+            "embeddings": request.embeddings.to_dict() if request.embeddings else None}
+
+
+def _verdict(packed: nn.Module, folder: Path, config: Any, tokenizer: Any, request: Request,
+             calibration: Calibration | None, warnings: list[str]) -> verdict.Verdict | None:
+    """Measure the verdict; what goes wrong there is a warning, since the model is made."""
+    return_freed_memory()
+    try:
+        texts = verdict.bundled_ids(tokenizer, packed)
+        if texts is None:
+            return None
+        measured = verdict.measure(packed, source.load(folder, config), texts)
+    except (verdict.NoVerdict, KeyError, AttributeError, NotImplementedError, RuntimeError,
+            ValueError, TypeError, IndexError) as error:
+        warnings.append(f"no verdict: {str(error).strip() or type(error).__name__}".splitlines()[0])
+        return None
+    return _advised(measured, folder, request, calibration)
 
 
 def _advised(measured: verdict.Verdict, folder: Path, request: Request,

@@ -32,6 +32,7 @@ class Report:
     """
 
     model: str
+    hub: bool  # model is an id of the hub, not a local folder's name
     out: str
     request: dict[str, Any]
     layers: list[Layer]
@@ -111,10 +112,10 @@ class Report:
     def card(self) -> str:
         """Return the model card (README.md of the output folder)."""
         title = self.out.rstrip("/").rpartition("/")[2]
-        base = "" if self.model.startswith(("/", ".")) else f"base_model: {self.model}\n"
+        base = f"base_model: {self.model}\n" if self.hub else ""
         head = ["---", f"{base}library_name: transformers", "tags:", "- bitlm", "- 1-bit", "---",
                 "", f"# {title}", "",
-                f"`{self.model.rstrip('/').rpartition('/')[2]}` packed by {self.producer}.", "",
+                f"`{self.model}` packed by {self.producer}.", "",
                 "```", self.command, "```", "",
                 "```python", "import bitlm  # pip install bitlm",
                 "from transformers import AutoModel  # or the class for your task", "",

@@ -47,7 +47,7 @@ class Run:
     device: torch.device
     progress: Callable[[Progress], None] | None
     strict: bool
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

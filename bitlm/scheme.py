@@ -33,8 +33,9 @@ class Scheme:
         (BitNet: mean|W|, cut at half).
     refit: rounds of least squares over scales and codes in turn; 0 keeps the greedy residual.
     compensate: spread each column's rounding error over the later columns (GPTQ); needs a Hessian.
-    scales_from: with compensation, fit a group's scales on the "compensated" weight (as the loop
-        reaches it) or on the "original" one (PB-LLM).
+    scales_from: with compensation, fit a group's scales on the "original" weight (PB-LLM) or on the
+        "compensated" one, as the loop reaches it (GPTQ). At one plane the latter can run away: the
+        errors that a group receives inflate its scale, and that its errors in turn.
     damp: Hessian damping, as a fraction of its mean diagonal.
     salient: fraction of weights kept at 8 bits (method salient).
     salient_layout: "elements" or whole "columns".
@@ -55,7 +56,7 @@ class Scheme:
     levels: str = "tbt"
     refit: int = 0
     compensate: bool = False
-    scales_from: str = "compensated"
+    scales_from: str = "original"
     damp: float = 0.01
     salient: float = 0.0
     salient_layout: str = "elements"
@@ -170,7 +171,7 @@ def embedding_scheme(bits: int) -> Scheme:
 
     Raises SchemeError outside 1..8.
     """
-    if not isinstance(bits, int) or not 1 <= bits <= 8:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise SchemeError(f"embeddings at {bits!r} bits: use 1 (binary) or 2 to 8 (uniform grid)")
     return Scheme() if bits == 1 else grid(bits)
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,11 +20,12 @@ from .targets import is_fused_experts
 log = logging.getLogger("bitlm")
 
 # What of a model's folder belongs to a packed copy of it besides config and weights.
-COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
+COMPANIONS = ("tokenizer*", "vocab*", "*.spm", "*.codes", "normalizer.json", "[0-9]_*/*",
+              "additional_chat_templates/*", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "spiece.model", "sentencepiece*", "*.tiktoken",
               "chat_template*", "preprocessor_config.json", "processor_config.json",
               "generation_config.json", "modules.json", "sentence_bert_config.json",
-              "config_sentence_transformers.json", "1_Pooling/*", "LICENSE*")
+              "config_sentence_transformers.json", "LICENSE*")
 
 
 class SourceError(ValueError):
@@ -45,16 +47,16 @@ def resolve(model: str | os.PathLike, revision: str | None = None) -> Path:
         raise SourceError(f"{text} does not exist: give a model folder or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
     except HFValidationError:
         raise SourceError(f"{text} is neither a folder here nor a valid hub id") from None
     except HfHubHTTPError as error:
-        raise SourceError(f"{text} is not a folder here, and the hub says: "
+        raise SourceError(f"no folder {text} here, and the hub says: "
                           f"{str(error).splitlines()[0]}") from None
     except (LocalEntryNotFoundError, OSError) as error:
-        raise SourceError(f"{text} is not a folder here, and the hub cannot be reached "
+        raise SourceError(f"no folder {text} here, and the hub cannot be reached "
                           f"({type(error).__name__}): check the name, the network, or "
                           "HF_HUB_OFFLINE") from None
 
@@ -117,7 +119,7 @@ def stored_dtype(headers: dict) -> torch.dtype:
     sizes: dict[torch.dtype, int] = {}
     for header in headers.values():
         if header.dtype.is_floating_point:
-            size = torch.Size(header.shape).numel() * header.dtype.itemsize
+            size = prod(header.shape) * header.dtype.itemsize
             sizes[header.dtype] = sizes.get(header.dtype, 0) + size
     return max(sizes, key=sizes.get) if sizes else torch.float32
 
@@ -130,8 +132,10 @@ def load(folder: Path, config) -> nn.Module:
     cls = model_class(config)
     with torch.device("meta"):
         fused = any(is_fused_experts(module) for module in cls._from_config(config).modules())
+    # One dtype for plan and model, also where the config names another than the files have.
+    dtype = stored_dtype(read_headers(folder))
     with quiet():
-        options = {"dtype": "auto", "output_loading_info": True, "local_files_only": True}
+        options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True}
         if not fused:
             model, info = cls.from_pretrained(folder, **options)
         else:
@@ -169,16 +173,25 @@ def _map_offloaded(model: nn.Module) -> None:
     model.tie_weights()
 
 
+def nbytes(headers: dict) -> int:
+    """Return the bytes of all tensors in checkpoint headers."""
+    return sum(prod(header.shape) * header.dtype.itemsize for header in headers.values())
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and advice while the context lasts."""
     from transformers.utils import logging as theirs
     bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
+    offload = logging.getLogger("accelerate.big_modeling")
+    own = offload.level
     theirs.disable_progress_bar()
     theirs.set_verbosity_error()
+    offload.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        offload.setLevel(own)
         theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()

@@ -162,3 +162,15 @@ def test_scheme_errors_are_value_errors():
 def test_presets_can_be_planned(name):
     plan = make_plan(zoo.make("llama"), Request(PRESETS[name]))
     assert len(plan.entries) == 14 and 0 < plan.packed_bits < 8
+
+
+def test_an_override_of_a_tied_name_alone_is_refused():
+    request = Request(Scheme(), {"lm_head": {"planes": 4}}, embeddings=grid(8))
+    with pytest.raises(ValueError, match="tied to model.embed_tokens.weight"):
+        make_plan(zoo.make("llama_tied"), request)
+
+
+def test_embeddings_cannot_be_compensated():
+    request = Request(Scheme(), {"embed_tokens": {"compensate": True}}, embeddings=grid(8))
+    with pytest.raises(ValueError, match="looked up"):
+        make_plan(zoo.make("llama"), request)

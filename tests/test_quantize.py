@@ -326,10 +326,104 @@ def test_outputs_in_the_way(llama, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(JobError, match="is a file"):
         quantize(llama, out=tmp_path / "file")
-    with pytest.raises(JobError, match="holds the source model"):
+    with pytest.raises(JobError, match="no folder that bitlm wrote"):
+        quantize(llama, out=tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+    with pytest.raises(JobError, match="which this run reads"):
         quantize(llama, out=llama, overwrite=True)
-    quantize(llama, out=tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine").exists()
+    with pytest.raises(JobError, match="inside the source model"):
+        quantize(llama, out=llama / "packed")
+    quantize(llama, out=tmp_path / "ours")
+    quantize(llama, "ternary", out=tmp_path / "ours", overwrite=True)
+    assert "plane0.mask" in " ".join(tensors(tmp_path / "ours"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "ours", "out"]
+
+
+def test_files_that_a_snapshot_links_to_are_inputs_too(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    with pytest.raises(JobError, match="which this run reads"):
+        quantize(tmp_path / "snapshot", out=tmp_path / "blobs", overwrite=True)
+    quantize(tmp_path / "snapshot", out=tmp_path / "out")
+    assert (tmp_path / "blobs" / "model.safetensors").is_file()
+
+
+def test_an_output_that_is_a_link_keeps_being_one(llama, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for preset in ("binary", "ternary", "binary"):
+        quantize(llama, preset, out=tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_two_runs_into_one_folder_are_kept_apart(llama, tmp_path):
+    with job.locked(tmp_path / "out"), pytest.raises(JobError, match="another bitlm run"):
+        quantize(llama, out=tmp_path / "out")
+    quantize(llama, out=tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_overwrite_that_fails_puts_the_old_folder_back(llama, tmp_path, monkeypatch):
+    quantize(llama, out=tmp_path / "out")
+    before = tensors(tmp_path / "out")
+    original = os.replace
+
+    def fail(source_path, target):
+        if str(source_path).endswith(".bitlm-part"):
+            raise KeyboardInterrupt
+        original(source_path, target)
+
+    monkeypatch.setattr("bitlm.output.os.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(llama, "ternary", out=tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    assert tensors(tmp_path / "out").keys() == before.keys()
+    quantize(llama, "ternary", out=tmp_path / "out", overwrite=True, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_damaged_unit_is_encoded_again(llama, tmp_path):
+    stopped(llama, tmp_path / "out")
+    unit = tmp_path / ".out.bitlm-work" / "unit-0000.safetensors"
+    unit.write_bytes(unit.read_bytes()[:50])
+    quantize(llama, out=tmp_path / "out", resume=True)
+    quantize(llama, out=tmp_path / "whole")
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stored, named", [(torch.bfloat16, "float32"), (torch.float32, "bfloat16"),
+                                           (torch.float16, "float16")])
+def test_the_files_say_the_dtype(stored, named, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "dense")
+    state = {n: t.to(stored) for n, t in load_file(llama / "model.safetensors").items()}
+    save_file(state, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text()) | {"dtype": named}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    plan = plan_for(tmp_path / "dense", make_request())
+    report = quantize(tmp_path / "dense", out=tmp_path / "out")
+    written = {n: t for n, t in tensors(tmp_path / "out").items() if not checkpoint.split_name(n)[1]}
+    assert {t.dtype for t in written.values() if t.is_floating_point()} == {stored}
+    assert report.total_bytes == sum(t.nbytes for t in tensors(tmp_path / "out").values())
+    assert report.total_bytes == plan.total_bytes
+    assert report.source_bytes == sum(t.nbytes for t in state.values())
+
+
+def test_what_goes_wrong_with_the_verdict_does_not_cost_the_model(llama, tmp_path, monkeypatch):
+    def broken(*_):
+        raise KeyError("last_hidden_state")
+
+    monkeypatch.setattr("bitlm.verdict.measure", broken)
+    report = quantize(llama, out=tmp_path / "out")
+    assert report.verdict is None and "no verdict" in report.warnings[0]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_devices_that_are_not_there(llama, tmp_path):
+    with pytest.raises(QuantizeError, match="--device"):
+        quantize(llama, out=tmp_path / "out", device="warp")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_with_nan(llama, tmp_path):

@@ -14,7 +14,7 @@ from bitlm.methods import method
 from bitlm.scheme import PRESETS, Scheme, SchemeError, embedding_scheme, grid, preset
 
 OTHER = {"method": "salient", "planes": 3, "group_size": 64, "center": "shift", "levels": "twn",
-         "refit": 4, "compensate": True, "scales_from": "original", "damp": 0.05, "salient": 0.1,
+         "refit": 4, "compensate": True, "scales_from": "compensated", "damp": 0.05, "salient": 0.1,
          "salient_layout": "columns", "salient_metric": "hessian", "salient_scope": "tensor",
          "salient_statistics": "diluted", "trits": True, "scale_dtype": "float32"}
 WRONG = {

@@ -5,6 +5,8 @@ calling convention has to be known. To reach block i again, the visits before it
 last one of their stack (encoder, decoder) returned in the pass before: a block's arguments other
 than the hidden state do not depend on it, and outputs have the same structure all along a stack.
 Only the last outputs of each stack are kept; over a budget they live in memory-mapped files.
+Whether this holds is tried on a few tokens; where it does not, because a model adds up the outputs
+of several blocks itself (XLM), the outputs of every visit are kept.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Replay:
         self.batches = batches
         self._kept = _Outputs(MEMORY_BUDGET if memory_budget is None else memory_budget)
         self._visit = None
+        self._every_visit = False
 
     def __enter__(self) -> Replay:
         self._routed = {name: block.forward for name, block in self.blocks.items()}
@@ -53,13 +56,41 @@ class Replay:
     def visits(self) -> list[str]:
         """Return the block names in the order of one forward; shared blocks appear repeatedly."""
         order: list[str] = []
+        inputs: list[list[Tensor]] = []
+        last: dict[str, Any] = {}
+        outputs: list[dict[str, Any]] = []
 
         def note(name: str, forward, args, kwargs):
             order.append(name)
-            return forward(*args, **kwargs)
+            inputs.append(_tensors((args, kwargs)))
+            outputs.append(dict(last))
+            last[_stack(name)] = forward(*args, **kwargs)
+            return _copied(last[_stack(name)])
 
-        self._forward(note, self.batches[0])
+        # A few tokens tell the order; all of them would pay for the logits of a whole batch.
+        few = {name: value[:1, :8] if isinstance(value, Tensor) else value
+               for name, value in self.batches[0].items()}
+        self._forward(note, few)
+        self._every_visit = not all(self._arrives(number, few, inputs[number], outputs[number])
+                                    for number in range(len(order)))
         return order
+
+    def _arrives(self, number: int, batch: dict[str, Any], expected: list[Tensor],
+                 answers: dict[str, Any]) -> bool:
+        """Tell whether visit `number` gets its inputs when its stack's last output answers."""
+        count, right = 0, False
+
+        def visit(name: str, forward, args, kwargs):
+            nonlocal count, right
+            count += 1
+            if count <= number:
+                return _copied(answers[_stack(name)])
+            found = _tensors((args, kwargs))
+            right = len(found) == len(expected) and all(map(torch.equal, found, expected))
+            raise _Stop
+
+        self._forward(visit, batch)
+        return right
 
     def observe(self, number: int, before_batch=lambda: None) -> None:
         """Run visit `number` on every batch, for its hooks; its outputs are not kept."""
@@ -84,12 +115,12 @@ class Replay:
         def visit(name: str, forward, args, kwargs):
             nonlocal count
             count += 1
-            stack = name.rpartition(".")[0]
+            key = count if self._every_visit else _stack(name), index
             if count <= number:
-                return self._kept[stack, index]  # a copy: models may add to it in place
+                return self._kept[key]
             output = forward(*args, **kwargs)
             if keep:
-                self._kept[stack, index] = output
+                self._kept[key] = output
             raise _Stop
 
         self._forward(visit, batch)
@@ -110,19 +141,32 @@ class Replay:
         return routed
 
 
+def _stack(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    return [leaf.clone() for leaf in pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def _copied(nested: Any) -> Any:
+    """Return a copy of nested tensors: models may add to an output in place."""
+    return pytree.tree_map_only(Tensor, torch.clone, nested)
+
+
 class _Outputs:
     """What a stack's last visit returned for a batch: tensors in memory or in mapped files."""
 
     def __init__(self, memory_budget: int) -> None:
         self._budget = memory_budget
-        self._items: dict[tuple[str, int], Any] = {}
+        self._items: dict[tuple[str | int, int], Any] = {}
         self._files = 0
         self._folder: tempfile.TemporaryDirectory | None = None
 
-    def __getitem__(self, key: tuple[str, int]) -> Any:
-        return pytree.tree_map_only(Tensor, torch.clone, self._items[key])
+    def __getitem__(self, key: tuple[str | int, int]) -> Any:
+        return _copied(self._items[key])
 
-    def __setitem__(self, key: tuple[str, int], value: Any) -> None:
+    def __setitem__(self, key: tuple[str | int, int], value: Any) -> None:
         leaves, spec = pytree.tree_flatten(value)
         self._items.pop(key, None)
         here = sum(_nbytes(x) for item in self._items.values() for x in pytree.tree_leaves(item)

@@ -14,6 +14,8 @@ import typer
 
 from ..scheme import DEFAULT_PRESET, PRESETS, Scheme, SchemeError, grid
 from ..scheme import preset as preset_named
+from .errors import UsageError
+from .output import check_target
 
 PRESET_HELP = f"One of {', '.join(PRESETS)} (default {DEFAULT_PRESET})."
 TOML_KEYS = ("scheme", "preset", "overrides", "skip", "embeddings")
@@ -33,11 +35,12 @@ def quantize(
         help="Pack token embeddings and output head too, at this many bits.")] = None,
     out: Annotated[Path | None, typer.Option(
         help="Output folder (default: the model's name and the preset's, here).")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(
+        "--overwrite", help="Replace an output folder that bitlm wrote.")] = False,
     calibrate: Annotated[str | None, typer.Option(
         help="Text file, jsonl or hub id: compensate rounding errors on it.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(
-        help="Tokens of calibration text (default: up to 32768).")] = None,
+        min=1, help="Tokens of calibration text (default: up to 32768).")] = None,
     skip: Annotated[list[str] | None, typer.Option(
         help="Regular expression of weights that stay dense; repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(
@@ -46,22 +49,29 @@ def quantize(
         help="TOML file: preset, [scheme], [overrides.\"RE\"], skip, embeddings.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")] = 0,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Show the plan; write nothing.")] = False,
     strict: Annotated[bool, typer.Option(
-        help="Fail where a weight that should be packed cannot be.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+        "--strict", help="Fail where a weight that should be packed cannot be.")] = False,
+    resume: Annotated[bool, typer.Option(
+        "--resume", help="Go on with an interrupted run.")] = False,
     device: Annotated[str, typer.Option(help="Where weights are encoded: cpu, cuda.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option(
         "--json", help="Write the report (or the plan) here too.")] = None,
 ) -> None:
     """Turn a dense checkpoint into a packed one."""
+    if calibration_tokens is not None and calibrate is None:
+        raise UsageError("--calibration-tokens needs --calibrate TEXT")
+    if json_file is not None:
+        check_target(json_file)
     asked = _request(preset, method, bits, group_size, planes, salient, embeddings, skip, override,
                      config)
     if dry_run:
         _show_plan(model, asked, calibrate is not None, calibration_tokens, revision, json_file)
         return
     name = asked.pop("name")
-    target = out or Path(f"{Path(model).name}-{name}")
+    folder = Path(model)
+    target = out or Path(f"{folder.resolve().name if folder.is_dir() else folder.name}-{name}")
     _run(model, asked, target, json_file, dict(
         overwrite=overwrite, calibrate=calibrate, calibration_tokens=calibration_tokens,
         revision=revision, seed=seed, strict=strict, resume=resume, device=device))
@@ -99,8 +109,9 @@ def _request(preset: str | None, method: str | None, bits: int | None, group_siz
              ) -> dict[str, Any]:
     """Return keyword arguments of quantize(), and `name`, a word for the output folder."""
     asked = _toml(config) if config else {}
-    if preset is not None:
+    if preset is not None:  # a flag beats the file
         asked["preset"] = preset
+        asked.pop("scheme", None)
     changes = {"method": method, "planes": planes, "salient": salient,
                "group_size": _group_size(group_size)}
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -139,14 +150,27 @@ def _group_size(text: str | None) -> int | str | None:
 def _toml(path: Path) -> dict[str, Any]:
     try:
         data = tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise SchemeError(f"{path} does not exist: --config takes a TOML file") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise SchemeError(f"{path} is no file: --config takes a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SchemeError(f"{path} is no TOML file: {error}") from None
     for key in data:
         if key not in TOML_KEYS:
             raise SchemeError(f"{path} has the unknown key {key!r}: the keys are "
                               f"{', '.join(TOML_KEYS)}")
+    kinds = {"scheme": dict, "preset": str, "overrides": dict, "skip": list}
+    for key, kind in kinds.items():
+        if not isinstance(data.get(key, kind()), kind):
+            raise SchemeError(f"{path}: {key} is {data[key]!r}, it should be a "
+                              f"{'table' if kind is dict else kind.__name__}")
+    for pattern, changes in data.get("overrides", {}).items():
+        if not isinstance(changes, dict):
+            raise SchemeError(f"{path}: the override {pattern!r} should be a table of scheme fields")
+        Scheme().replace(**changes)
+    if not all(isinstance(pattern, str) for pattern in data.get("skip", [])):
+        raise SchemeError(f"{path}: skip should be a list of regular expressions")
+    if "scheme" in data and "preset" in data:
+        raise SchemeError(f"{path} has a preset and a scheme: give one")
     if "scheme" in data:
         data["scheme"] = Scheme.from_dict(data["scheme"])
     if isinstance(data.get("embeddings"), dict):
@@ -181,7 +205,8 @@ def _value(key: str, text: str, kind: type) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (ValueError, KeyError):
-        raise SchemeError(f"--override {key}:{text} is no {kind.__name__}") from None
+        word = {int: "whole number", float: "number", bool: "true or false"}.get(kind, "text")
+        raise SchemeError(f"--override {key}:{text}: {text!r} is no {word}") from None
 
 
 def _show_plan(model: str, asked: dict[str, Any], calibrated: bool, tokens: int | None,

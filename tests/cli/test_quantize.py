@@ -111,3 +111,32 @@ def test_calibrated_in_a_process_of_its_own(zoo, tmp_path):
     assert done.stderr == ""
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["scheme"]["compensate"] and config["calibration"]["source"] == "text.txt"
+
+
+@pytest.mark.parametrize("toml", ['skip = "down_proj"', "overrides = 5", "preset = 3",
+                                  "[overrides]\nup_proj = 3", "embeddings = true",
+                                  'preset = "chat"\n[scheme]\nmethod = "ternary"',
+                                  "[overrides.up]\nplane = 2"])
+def test_wrong_toml_files_exit_2_with_one_line(toml, run, zoo, tmp_path):
+    (tmp_path / "wrong.toml").write_text(toml)
+    result = run("quantize", zoo / "llama", "--config", tmp_path / "wrong.toml", "--dry-run")
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_preset_flag_beats_the_file(run, zoo, tmp_path):
+    file = tmp_path / "request.toml"
+    file.write_text('[scheme]\nmethod = "ternary"\n')
+    assert _request(**(NOTHING | {"config": file, "preset": "chat"}))["scheme"] == PRESETS["chat"]
+
+
+def test_where_the_json_cannot_go_is_found_first(run, zoo, tmp_path):
+    result = run("quantize", zoo / "llama", "--out", tmp_path / "out", "--json",
+                 tmp_path / "nowhere" / "report.json")
+    assert result.exit_code == 1 and "no such folder" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_token_count_needs_a_text(run, zoo, tmp_path):
+    result = run("quantize", zoo / "llama", "--calibration-tokens", "512", "--out", tmp_path / "o")
+    assert result.exit_code == 2 and "--calibrate" in result.stderr
