@@ -3,19 +3,20 @@
 `import bitlm` uses this, and so does `import torch` where bitlm is installed: an entry point of
 the group `torch.backends` names `hook`, so that packed checkpoints open without `import bitlm`.
 The module stands outside of the package because torch is half imported when it calls the hook, and
-a stale entry point must find something that does not need the package.
+cannot be imported if the hook cannot: so this file is copied into every installation, editable ones
+too (pyproject.toml), and does without the package when that is gone.
 TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns the hook off.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 
 REGISTRY = "transformers.quantizers.auto"
 # The modules after which registering is tried. The registry is enough, unless it was being imported
 # when the watcher came, because it had itself imported torch: then the others follow.
 WATCHED = (REGISTRY, "transformers.modeling_utils", "transformers.models.auto.auto_factory")
+_warned: list[Exception] = []  # Registering is tried again and again, but complains once.
 
 
 class Watcher:
@@ -40,11 +41,11 @@ def _try_after(loader) -> None:
 
     def exec_module(module):
         run(module)
-        del loader.exec_module
+        vars(loader).pop("exec_module", None)  # Gone already where modules share a loader.
         if _watching() and _settled(module.__name__):
             register()
 
-    if run is not None and hasattr(loader, "__dict__"):
+    if run is not None and isinstance(getattr(loader, "__dict__", None), dict):  # not a class
         loader.exec_module = exec_module
 
 
@@ -77,6 +78,11 @@ def watch() -> None:
         sys.meta_path.insert(0, Watcher())
 
 
+def unwatch() -> None:
+    """Take the watcher away."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Watcher)]
+
+
 def register() -> bool:
     """Register bitlm with transformers and take the watcher away; tell whether it was possible.
 
@@ -89,12 +95,24 @@ def register() -> bool:
 
         bitlm.hf.register()
     except Exception as error:
-        gone = isinstance(error, ModuleNotFoundError) and error.name in ("bitlm", "bitlm.hf")
-        logging.getLogger("bitlm").log(logging.DEBUG if gone else logging.WARNING,
-                                       "bitlm is not registered with transformers: %r", error)
+        if _is_gone(error):
+            unwatch()
+        elif not _warned:
+            _warned.append(error)
+            _logger().warning("bitlm is not registered with transformers: %r", error)
         return False
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Watcher)]
+    unwatch()
     return True
+
+
+def _is_gone(error: Exception) -> bool:
+    """Tell whether the package itself was not found: uninstalled, or its checkout moved away.
+
+    The finder of an editable installation then names a file that is not there.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return error.name in ("bitlm", "bitlm.hf")
+    return isinstance(error, FileNotFoundError) and "bitlm" not in sys.modules
 
 
 def hook() -> None:
@@ -102,4 +120,10 @@ def hook() -> None:
     try:
         watch()
     except Exception as error:
-        logging.getLogger("bitlm").debug("no autoload: %r", error)
+        _logger().debug("no autoload: %r", error)
+
+
+def _logger():
+    import logging  # Here, because it is most of what `import bitlm` would cost.
+
+    return logging.getLogger("bitlm")

@@ -1,46 +1,73 @@
 # Sourced by scripts/bitlm and scripts/test: installs the checkout into .venv at its root, once and
-# again after a change of what is installed. Sets ROOT. Messages go to stderr.
+# again when what is installed changes. Sets ROOT. Messages go to stderr, pip's only if it fails.
+# PYTHON names the interpreter to use (default python3).
 
-ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export TOKENIZERS_PARALLELISM=false
 
 # What the installation depends on, the place included: a virtual environment cannot be moved.
 _wanted() {
-    { echo "$ROOT"; cat -- "$ROOT/pyproject.toml" "$ROOT/scripts/constraints.txt" \
-        "$ROOT"/bitlm/native/*; } | cksum
+    { echo "$ROOT"; cat -- "$ROOT/pyproject.toml" "$ROOT/bitlm_autoload.py" \
+        "$ROOT/scripts/constraints.txt" "$ROOT"/bitlm/native/*; } | cksum
 }
 
+# The first line is what _wanted said, then the modules that an editable installation points to by
+# name: one that is gone, become a package say, could not be imported.
 _is_current() {
-    [[ -f $ROOT/.venv/.bitlm-installed && $(< "$ROOT/.venv/.bitlm-installed") == "$1" ]]
+    local line
+    [[ -f $ROOT/.venv/.bitlm-installed ]] || return 1
+    {
+        read -r line && [[ $line == "$1" ]] || return 1
+        while read -r line; do [[ -f $ROOT/$line ]] || return 1; done
+    } < "$ROOT/.venv/.bitlm-installed"
+}
+
+_record() {
+    { echo "$1"; cd -- "$ROOT" && find bitlm -name '*.py'; } > "$ROOT/.venv/.bitlm-installed"
 }
 
 _native_line() {
     local files=("$ROOT"/.venv/lib/python*/site-packages/bitlm/libbitlm_cpu.*)
     if [[ -e ${files[0]} ]]; then
-        echo "bitlm: native library built"
+        echo "native library built"
     elif ! command -v "${CXX:-c++}" g++ clang++ > /dev/null; then
-        echo "bitlm: native library left out: no C++ compiler found (slower, same results)"
+        echo "native library left out: no C++ compiler found (slower, same results)"
     else
-        echo "bitlm: native library left out: its build failed (slower, same results);" \
+        echo "native library left out: its build failed (slower, same results);" \
              "'.venv/bin/python -m pip install -v -e .' shows why"
     fi
 }
 
-_install() {
-    local wanted=$1 python=$ROOT/.venv/bin/python
-    echo "bitlm: installing into .venv, which takes a minute or two" >&2
-    rm -f -- "$ROOT/.venv/.bitlm-installed"
-    # Left by another place or an interrupted run: an environment that cannot install is replaced.
-    if ! grep -qsF -- "$ROOT" "$ROOT/.venv/.bitlm-root" || ! "$python" -m pip --version &> /dev/null
+# An environment from another place or from an interrupted run is replaced.
+_environment() {
+    local python=${PYTHON:-python3}
+    if ! [[ -f $ROOT/.venv/.bitlm-root && $(< "$ROOT/.venv/.bitlm-root") == "$ROOT" ]] \
+        || ! "$ROOT/.venv/bin/python" -m pip --version &> /dev/null
     then
+        if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+            echo "bitlm: '$python' is not Python 3.10 or newer; set PYTHON to one that is" >&2
+            return 1
+        fi
         rm -rf -- "$ROOT/.venv"
-        python3 -m venv "$ROOT/.venv"
+        "$python" -m venv "$ROOT/.venv" >&2
         echo "$ROOT" > "$ROOT/.venv/.bitlm-root"
     fi
-    (cd -- "$ROOT" && PIP_DISABLE_PIP_VERSION_CHECK=1 \
-        "$python" -m pip install -q -c scripts/constraints.txt -e ".[test,eval]" >&2)
-    _native_line >&2
-    echo "$wanted" > "$ROOT/.venv/.bitlm-installed"
+}
+
+_install() {
+    local wanted=$1 log=$ROOT/.venv/.bitlm-install.log start=$SECONDS
+    echo "bitlm: installing into $ROOT/.venv, which takes a minute or two" >&2
+    rm -f -- "$ROOT/.venv/.bitlm-installed"
+    _environment || exit
+    if ! (cd -- "$ROOT" && PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install \
+        -c scripts/constraints.txt -e ".[test,eval]") &> "$log"
+    then
+        tail -n 40 -- "$log" >&2
+        echo "bitlm: pip could not install it; all it said is in $log" >&2
+        exit 1
+    fi
+    echo "bitlm: installed in $((SECONDS - start)) s, $(_native_line)" >&2
+    (_record "$wanted")
 }
 
 _setup() {
@@ -49,7 +76,10 @@ _setup() {
     _is_current "$wanted" && return
     # One installation at a time; this file is only something to hold the lock on.
     exec 9< "${BASH_SOURCE[0]}"
-    if command -v flock > /dev/null; then flock 9; fi
+    if command -v flock > /dev/null && ! flock -n 9; then
+        echo "bitlm: waiting for another installation into $ROOT/.venv" >&2
+        flock 9
+    fi
     _is_current "$wanted" || _install "$wanted" 9<&-
     exec 9<&-
 }

@@ -165,7 +165,7 @@ def _toml(path: Path) -> dict[str, Any]:
                               f"{'table' if kind is dict else kind.__name__}")
     for pattern, changes in data.get("overrides", {}).items():
         if not isinstance(changes, dict):
-            raise SchemeError(f"{path}: the override {pattern!r} should be a table of scheme fields")
+            raise SchemeError(f"{path}: the override {pattern!r} should be a table of fields")
         Scheme().replace(**changes)
     if not all(isinstance(pattern, str) for pattern in data.get("skip", [])):
         raise SchemeError(f"{path}: skip should be a list of regular expressions")

@@ -115,8 +115,18 @@ def test_the_package_is_gone(sandbox):
 
 def test_the_package_is_broken(sandbox):
     (sandbox / "bitlm/hf.py").write_text("raise RuntimeError('broken')\n")
-    errors = run("import torch, transformers.models.llama", sandbox)
-    assert "bitlm is not registered with transformers" in errors and "broken" in errors
+    errors = run("import torch, transformers.models.llama, transformers.cache", sandbox)
+    assert errors.count("bitlm is not registered with transformers") == 1 and "broken" in errors
+
+
+def test_modules_that_share_a_loader(sandbox):
+    archive = shutil.make_archive(str(sandbox / "all"), "zip", sandbox)
+    (sandbox / "empty").mkdir()
+    run("""
+        import torch, transformers.models.llama
+        from transformers.quantizers.auto import MAPPING
+        assert MAPPING == {"bitlm": 1}, MAPPING
+        """, sandbox / "empty", archive)
 
 
 def test_importing_bitlm_loads_nothing_heavy():
