@@ -20,7 +20,6 @@ from torch import nn
 
 from . import __version__, source, verdict
 from .calibration.windows import Calibration, read_calibration
-from .checkpoint import checkpoint_files, read_headers
 from .job import Job, locked
 from .memory import return_freed_memory
 from .methods.registry import statistics_needed
@@ -193,7 +192,7 @@ def _report(run: Run, model: str | os.PathLike, out: str | os.PathLike, part: Pa
                             8 * size / entry.target.numel, size, note["relative_error"],
                             note["output_error"], note["note"]))
     skipped = [{"name": s.name, "numel": s.numel, "reason": s.reason} for s in plan.skipped]
-    written = source.nbytes(read_headers(checkpoint_files(part)))
+    written = source.nbytes(source.read_headers(part))
     local = Path(model).is_dir()
     return Report(
         model=Path(os.path.realpath(model)).name if local else str(model), hub=not local,

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"plan", "weight", "modules", "ops"},
     "report": {"plan", "verdict"},
     "source": {"checkpoint", "targets"},
-    "output": {"source"},
+    "output": {"source", "job"},
     "hf": FORM | {"bitlm", "checkpoint"},
     "evaluate": {"weight", "plan", "hf", "report", "source"},
     "run": RUN,

@@ -132,8 +132,8 @@ def show(rows: dict[str, list[dict]], size: int, file: Path | None) -> None:
               f"{phases or ''}")
     if file:
         file.write_text(json.dumps({"machine": model, "cores": os.cpu_count(), "bytes": size,
-                                    "command": " ".join(sys.argv), "medians": medians,
-                                    "runs": rows}, indent=2) + "\n")
+                                    "command": f"scripts/bench memory --rounds {len(rows[name])}",
+                                    "medians": medians, "runs": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,14 @@ def test_a_skipped_partner_is_no_longer_tied(tmp_path):
     assert not isinstance(loaded.lm_head.weight, PackedWeight)
 
 
-def test_overrides_of_a_partner_follow_the_source(tmp_path):
+def test_an_override_of_a_partner_alone_is_refused():
     config = BitlmConfig(embeddings=8, overrides={"lm_head": {"planes": 3}})
+    with pytest.raises(ValueError, match="tied to model.embed_tokens.weight"):
+        zoo.pack(zoo.make("llama_tied"), config)
+
+
+def test_partners_follow_the_overrides_of_their_source(tmp_path):
+    config = BitlmConfig(embeddings=8, overrides={"embed_tokens": {"planes": 3}})
     model = zoo.pack(zoo.make("llama_tied"), config)
     model.save_pretrained(tmp_path)
     loaded, report = zoo.auto_class("llama_tied").from_pretrained(tmp_path,
