@@ -44,8 +44,8 @@ _environment() {
     if ! [[ -f $ROOT/.venv/.bitlm-root && $(< "$ROOT/.venv/.bitlm-root") == "$ROOT" ]] \
         || ! "$ROOT/.venv/bin/python" -m pip --version &> /dev/null
     then
-        if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-            echo "bitlm: '$python' is not Python 3.10 or newer; set PYTHON to one that is" >&2
+        if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "bitlm: '$python' is not Python 3.11 or newer; set PYTHON to one that is" >&2
             return 1
         fi
         rm -rf -- "$ROOT/.venv"

@@ -6,10 +6,10 @@ import dataclasses
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-import tomllib
 import typer
 
 from ..scheme import DEFAULT_PRESET, PRESETS, Scheme, SchemeError, grid
