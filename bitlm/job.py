@@ -88,17 +88,17 @@ def locked(out: Path) -> Iterator[None]:
     """Hold the output folder's lock; raises JobError while another run holds it."""
     path = out.parent / f".{out.name}.bitlm-lock"
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle = open(path, "w")
-    try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        raise JobError(f"another bitlm run is writing {out}: wait for it, or choose another output "
-                       "folder") from None
-    finally:
-        handle.close()
+    with open(path, "w") as handle:
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobError(f"another bitlm run is writing {out}: wait for it, or choose another "
+                           "output folder") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], path: str = "") -> None:

@@ -21,6 +21,7 @@ import bitlm
 from bitlm import checkpoint, job, source
 from bitlm.calibration.text import TextError
 from bitlm.calibration.windows import CalibrationError
+from bitlm.cli.errors import describe
 from bitlm.job import JobError
 from bitlm.methods import EncodeError
 from bitlm.modules import packed_weights
@@ -289,6 +290,8 @@ def test_no_space_left_says_so_and_keeps_the_finished_blocks(llama, tmp_path, mo
     with pytest.raises(OSError, match="--resume") as caught:
         quantize(llama, out=tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC
+    assert "--resume" in describe(caught.value, "quantize")[0]
+    assert [p.name for p in tmp_path.iterdir()] == [".out.bitlm-work"]
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(job, "save_file", original)
     quantize(llama, out=tmp_path / "out", resume=True)

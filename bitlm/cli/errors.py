@@ -36,7 +36,7 @@ def describe(error: BaseException, command: str | None = None) -> tuple[str, int
     if isinstance(error, (UsageError, SchemeError)):
         return _one_line(error), USAGE
     if isinstance(error, OSError):
-        return _of_system(error), FAILED
+        return _of_system(error, command), FAILED
     if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return f"out of memory: {_one_line(error)}", FAILED
     known = isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError,
@@ -49,11 +49,12 @@ def describe(error: BaseException, command: str | None = None) -> tuple[str, int
             "report it)"), FAILED
 
 
-def _of_system(error: OSError) -> str:
+def _of_system(error: OSError, command: str | None) -> str:
     where = error.filename2 or error.filename or ""
     if error.errno == errno.ENOSPC:
         target = f" for {where}" if where else ""
-        return f"no space left on the device{target}: free some, or choose another folder"
+        again = " and go on with --resume" * (command == "quantize")
+        return f"no space left on the device{target}: free some{again}, or choose another folder"
     if error.errno is None or not error.strerror:
         return _one_line(error)
     return f"{where}: {error.strerror}" if where else error.strerror
