@@ -21,6 +21,8 @@ _HOMES = {
     "BitlmConfig": "hf",
     "quantize": "quantize",
     "pack": "quantize",
+    "activations": "activations",
+    "set_activation": "activations",
 }
 
 
@@ -37,14 +39,15 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `bitlm.quantize` the function: importing the module of that name would replace it."""
+    """Keeps `bitlm.quantize` a function: importing the module of that name would replace it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name == "quantize" and isinstance(value, ModuleType)):
+        if not (name in ("quantize", "activations") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package
 bitlm_autoload.install()
 
-__all__ = ["PRESETS", "BitlmConfig", "Scheme", "__version__", "pack", "quantize"]
+__all__ = ["PRESETS", "BitlmConfig", "Scheme", "__version__", "activations", "pack", "quantize",
+           "set_activation"]

@@ -108,8 +108,12 @@ def _compare(found: dict[str, Any], wanted: dict[str, Any], path: str = "") -> N
         if isinstance(old, dict) and isinstance(new, dict):
             _compare(old, new, f"{name}.")
         elif old != new:
-            raise JobError(f"cannot resume: {name} was {old!r} in the interrupted run and is "
-                           f"{new!r} now: use the same, or start again with --overwrite")
+            raise JobError(f"cannot resume: {name} was {_shown(old)} in the interrupted run and is "
+                           f"{_shown(new)} now: use the same, or start again with --overwrite")
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

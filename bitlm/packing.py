@@ -47,5 +47,6 @@ def pack_weight(entry: Entry, dense: Tensor, hessians: list[Tensor | None] | Non
             errors.append(encoded.relative_error)
             output_errors.append(encoded.output_error)
     weight = stack_experts(weights, target.parts) if target.experts else weights[0]
+    weight.activation = scheme.activation
     known = [error for error in output_errors if error is not None]
     return Packed(weight, sum(errors) / len(errors), sum(known) / len(known) if known else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .methods import registry
 from .ops.form import Form, axis_lengths, row
-from .scheme import Scheme
+from .scheme import LOW_BIT_ACTIVATIONS, Scheme
 from .targets import Skipped, Target, compile_pattern, find
 
 
@@ -26,6 +26,11 @@ class Entry:
     @property
     def name(self) -> str:
         return self.target.name
+
+    @property
+    def activation(self) -> str:
+        """The mode of its inputs; "" for an embedding, which is looked up and has none."""
+        return "" if self.target.role == "embedding" else self.scheme.activation
 
     @property
     def form(self) -> Form:
@@ -112,12 +117,38 @@ class Request:
                 scheme = scheme.replace(**changes)
         return scheme
 
+    def with_activation(self, mode: str, pattern: str | None = None) -> Request:
+        """Return the request with an activation mode for all weights, whatever it said before.
+
+        With `pattern`, a regular expression, only where it is found in a name: an override. Raises
+        SchemeError for an unknown mode, ValueError for a low-bit mode of a whole model whose
+        embeddings are packed.
+        """
+        if pattern is not None:
+            Scheme(activation=mode)
+            # The last override wins, and one of more fields must keep its place among the others.
+            others = {p: c for p, c in self.overrides.items()
+                      if p != pattern or set(c) != {"activation"}}
+            while pattern in others:
+                pattern = f"(?:{pattern})"
+            return replace(self, overrides=others | {pattern: {"activation": mode}})
+        scheme = self.scheme.replace(activation=mode)
+        if mode in LOW_BIT_ACTIVATIONS and self.embeddings is not None:
+            raise ValueError(f"activation {mode} cannot hold for a whole model whose embeddings "
+                             "and head are packed: give it to the layers trained with it, by a "
+                             "pattern (bitlm.set_activation, or --override when quantizing)")
+        overrides = {pattern: {k: v for k, v in changes.items() if k != "activation"}
+                     for pattern, changes in self.overrides.items()}
+        return replace(
+            self, scheme=scheme, overrides={p: c for p, c in overrides.items() if c},
+            embeddings=self.embeddings and self.embeddings.replace(activation=mode))
+
 
 def make_plan(model: nn.Module, request: Request) -> Plan:
     """Return the plan of a dense model (meta tensors suffice).
 
-    Raises ValueError for a skip or override pattern that matches nothing, for an unknown method
-    and for a model without any weight to pack.
+    Raises ValueError for a skip or override pattern that matches nothing, for an unknown method,
+    for what an embedding cannot be and for a model without any weight to pack.
     """
     targets, skipped = find(model, request.skip, request.embeddings is not None)
     for pattern in request.overrides:
@@ -138,6 +169,10 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         if entry.target.role == "embedding" and registry.statistics_needed(entry.scheme) != "none":
             raise ValueError(f"{entry.name} is looked up, not multiplied: an embedding cannot be "
                              "compensated or chosen from by Hessian")
+        if entry.target.role == "embedding" and entry.scheme.activation in LOW_BIT_ACTIVATIONS:
+            raise ValueError(f"{entry.name} is looked up, not multiplied: activation "
+                             f"{entry.scheme.activation} is for the layers trained with it "
+                             f"(--override RE=activation:{entry.scheme.activation})")
     numel, size = _totals(model, exclude=())
     dense_numel, dense_bytes = _totals(model, exclude=list(by_name))
     return Plan(entries, tuple(skipped), dense_bytes, dense_numel, size)

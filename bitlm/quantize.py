@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .modules import install, packed_weights
 from .output import REPORT, check, copy_companions, publish_modes, room, whole
 from .packing import pack_weight
 from .plan import Plan, Request, make_plan
-from .report import Layer, Report, mib
+from .report import Layer, Report, activation_of, mib
 from .run import Progress, Run, StrictError
 from .scheme import DEFAULT_PRESET, Scheme, embedding_scheme
 from .scheme import preset as preset_named
@@ -175,8 +175,11 @@ def _check_device(device: str) -> None:
 
 def _identity(folder: Path, files: list[Path], request: Request,
               calibration: Calibration | None) -> dict[str, Any]:
+    asked = request_dict(request)
+    for name, scheme in (("scheme", request.scheme), ("embeddings", request.embeddings)):
+        asked[name] = scheme and asdict(scheme)  # defaults too: a difference is named with both
     return {"version": __version__, "source": source.fingerprint(folder, files),
-            **request_dict(request), "calibration": calibration.to_dict() if calibration else None}
+            **asked, "calibration": calibration.to_dict() if calibration else None}
 
 
 def _report(run: Run, model: str | os.PathLike, out: str | os.PathLike, part: Path,
@@ -190,7 +193,7 @@ def _report(run: Run, model: str | os.PathLike, out: str | os.PathLike, part: Pa
         note = run.notes[name]
         layers.append(Layer(name, list(weights[name].shape), entry.scheme.method,
                             8 * size / entry.target.numel, size, note["relative_error"],
-                            note["output_error"], note["note"]))
+                            note["output_error"], note["note"], activation_of(entry)))
     skipped = [{"name": s.name, "numel": s.numel, "reason": s.reason} for s in plan.skipped]
     written = source.nbytes(source.read_headers(part))
     local = Path(model).is_dir()

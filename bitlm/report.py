@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import log2
 from typing import Any
 
-from .plan import Plan
+from .plan import Entry, Plan
+from .scheme import Scheme
 from .verdict import Verdict
 
 
 @dataclass
 class Layer:
-    """One packed weight in the report."""
+    """One packed weight in the report.
+
+    activation: the mode and what it makes of the layer, "int8 (W1A8)"; "" for an embedding.
+    """
 
     name: str
     shape: list[int]
@@ -21,6 +28,7 @@ class Layer:
     relative_error: float
     output_error: float | None = None
     note: str = ""
+    activation: str = ""
 
 
 @dataclass
@@ -82,7 +90,8 @@ class Report:
                 ("bits per weight, packed layers", f"{self.bits_packed:.3f}"),
                 ("bits per weight, whole file", f"{self.bits_file:.3f}"),
                 ("size", f"{mib(self.total_bytes)} (dense: {mib(self.source_bytes)})"),
-                ("mean relative weight error", f"{self.relative_error:.3f}")]
+                ("mean relative weight error", f"{self.relative_error:.3f}"),
+                ("activations", count_activations(layer.activation for layer in self.layers))]
         if self.calibration:
             rows.append(("calibration", f"{self.calibration['tokens']:,} tokens of "
                                         f"{self.calibration['source']}"))
@@ -99,13 +108,13 @@ class Report:
         lines += ["", "## What was not packed", "", "| weight | elements | why |", "|---|---|---|"]
         lines += [f"| `{s['name']}` | {s['numel']:,} | {s['reason']} |" for s in self.skipped]
         lines += ["", "## Layers", "",
-                  "| weight | shape | method | bits per weight | relative error | output error |",
-                  "|---|---|---|---|---|---|"]
+                  "| weight | shape | method | activations | bits per weight | relative error | "
+                  "output error |", "|---|---|---|---|---|---|---|"]
         for layer in self.layers:
             output = "" if layer.output_error is None else f"{layer.output_error:.4f}"
             note = f" ({layer.note})" if layer.note else ""
             lines.append(f"| `{layer.name}` | {'x'.join(map(str, layer.shape))} | "
-                         f"{layer.method}{note} | {layer.bits:.3f} | "
+                         f"{layer.method}{note} | {layer.activation} | {layer.bits:.3f} | "
                          f"{layer.relative_error:.4f} | {output} |")
         return "\n".join(lines) + "\n"
 
@@ -126,6 +135,34 @@ class Report:
 def mib(size: int) -> str:
     """Return a byte count for people."""
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+def precision(scheme: Scheme) -> str:
+    """Return bits of codes and of activations in the usual short form, as W1.58A8.
+
+    Salient weights count with their 8 bits; float and int16 activations, which lose nothing that
+    16-bit floats would keep, are A16.
+    """
+    bits = scheme.planes * (log2(3) if scheme.method == "ternary" else 1)
+    bits += scheme.salient * (8 - bits)
+    inputs = 16 if scheme.activation == "float" else int(scheme.activation.lstrip("uint"))
+    return f"W{bits:.3g}A{inputs}"
+
+
+def activation_of(entry: Entry) -> str:
+    """Return the mode of a planned layer with its short form; "" for an embedding."""
+    return entry.activation and f"{entry.activation} ({precision(entry.scheme)})"
+
+
+def count_activations(modes: Iterable[str]) -> str:
+    """Return modes of layers in one line, with how many have each where they differ; "" has none.
+
+    `int8 (W1A8)`, or `int8 (W1A8): 12, float (W1A16): 2`.
+    """
+    counts = Counter(mode for mode in modes if mode)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{mode}: {count}" for mode, count in counts.most_common()) or "none"
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str, int, int]]:

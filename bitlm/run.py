@@ -169,7 +169,9 @@ class Run:
 
 def _weight(entry: Entry, tensors: dict[str, Tensor], dtype: torch.dtype) -> PackedWeight:
     form = entry.form
-    return PackedWeight({n: tensors[f"{entry.name}.{n}"] for n in form.names}, form, dtype)
+    weight = PackedWeight({n: tensors[f"{entry.name}.{n}"] for n in form.names}, form, dtype)
+    weight.activation = entry.scheme.activation
+    return weight
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:

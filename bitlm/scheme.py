@@ -12,6 +12,15 @@ from typing import Any
 CENTERS = ("none", "threshold", "drop", "shift")
 LEVELS = ("tbt", "twn", "absmean")
 SCALE_DTYPES = ("float16", "float32")
+# How a layer rounds its inputs, as in `bitlm_activation` of native/bitlm.h. The low-bit ones are
+# alphabets of models that were trained with them, with one step a for a token:
+LOW_BIT_ACTIVATIONS = (
+    "int2",  # -3a/2, -a/2, a/2, 3a/2
+    "uint2",  # 0, a, 2a, 3a
+    "int1",  # -a, a
+    "uint1",  # 0, a
+)
+ACTIVATIONS = ("float", "int16", "int8", *LOW_BIT_ACTIVATIONS)
 
 
 class SchemeError(ValueError):
@@ -45,6 +54,9 @@ class Scheme:
         form that divides by the group width ("diluted").
     trits: store ternary planes base 3 (1.6 bits) in place of sign and mask bits (2 bits).
     scale_dtype: "float16" or "float32". A tensor whose scales do not fit float16 gets float32.
+    activation: how the layer rounds its inputs before the product: "float" (as exact as float32),
+        "int16" (error <= 1e-4), "int8" (one scale a token), or one of LOW_BIT_ACTIVATIONS. It does
+        not change what is stored, and can be changed later (activations.set_activation).
 
     Raises SchemeError for values that are not allowed. Sources: ../README.md, "Methods".
     """
@@ -65,6 +77,7 @@ class Scheme:
     salient_statistics: str = "masked"
     trits: bool = False
     scale_dtype: str = "float16"
+    activation: str = "float"
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
@@ -77,6 +90,7 @@ class Scheme:
         _one_of(self, "salient_scope", ("group", "tensor"))
         _one_of(self, "salient_statistics", ("masked", "diluted"))
         _one_of(self, "scale_dtype", SCALE_DTYPES)
+        _one_of(self, "activation", ACTIVATIONS)
         _number(self, "planes", int, 1, 8)
         _number(self, "refit", int, 0, 1000)
         _number(self, "damp", float, 0.0, 1.0)

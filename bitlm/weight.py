@@ -11,16 +11,48 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import ops
+from .ops.cpu import WrongOrderError, call
 from .ops.form import Form, check
+from .ops.stored import Stored
+from .ops.structs import ACTIVATIONS
+
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 class TensorHolder(nn.Module):
-    """A module whose float tensors keep their stored dtype when the model is cast."""
+    """A module whose float tensors keep their stored dtype when the model is cast.
+
+    On the CPU its tensors may be away while the prepared weight is in use (ops/stored.py): whoever
+    asks for them, as a parameter, a state or an attribute, brings them back.
+    """
 
     # transformers' `init.*` functions skip what carries this mark: stored codes are never re-drawn.
     _is_hf_initialized = True
+    _stored: Stored | None = None
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        if self._stored is not None and self._stored.away:
+            self._stored.restore()
+        return self.__dict__["_parameters"]
+
+    @_parameters.setter
+    def _parameters(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.__dict__["_parameters"] = parameters
+
+    def __getattr__(self, name: str):
+        if self._stored is not None and self._stored.away and name in self.__dict__["_parameters"]:
+            self._stored.restore()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict:
+        """Return what copies and pickles get: the tensors, and nothing that was made of them."""
+        state = self.__dict__ | {"_parameters": self._parameters}
+        state.pop("_stored", None)
+        return state
 
     def _apply(self, fn, recurse: bool = True):
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -55,6 +87,7 @@ class PackedWeight(TensorHolder):
         self.form = form
         self._text = form.text  # kept: torch.compile warns of the cached function behind it
         self._dtype = dtype
+        self.activation = "float"  # how its inputs are rounded: ops/rounding.py
         for name in form.names:
             term, _, leaf = name.rpartition(".")
             if term and term not in self._modules:
@@ -78,6 +111,9 @@ class PackedWeight(TensorHolder):
 
     @property
     def device(self) -> torch.device:
+        stored = self._stored
+        if stored is not None and stored.away:
+            return torch.device("cpu")
         return next(self.parameters()).device
 
     @property
@@ -123,7 +159,8 @@ class PackedWeight(TensorHolder):
 
     def nbytes(self) -> int:
         """Return the bytes of all stored tensors."""
-        return sum(t.numel() * t.element_size() for _, t in self.named_tensors())
+        return sum(t.numel() * t.element_size() for holder in (self, *self._modules.values())
+                   for t in holder.__dict__["_parameters"].values())
 
     def tensors(self) -> list[Tensor]:
         """Return the stored tensors in the form's order, brought in by their offload hooks."""
@@ -140,7 +177,9 @@ class PackedWeight(TensorHolder):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense weight, [N, K] or [E, N, K], in `dtype` (default: its own)."""
-        return ops.dequantize(self.tensors(), self._text, dtype or self._dtype)
+        away = self._stored is not None and self._stored.away
+        tensors = self._stored.borrow() if away else self.tensors()
+        return ops.dequantize(tensors, self._text, dtype or self._dtype)
 
     def forward(self, x: Tensor | None = None, bias: Tensor | None = None,
                 offsets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
@@ -154,11 +193,29 @@ class PackedWeight(TensorHolder):
         """
         if x is None:
             return dict(self._parameters)
+        if not is_compiling():
+            blob = (self._stored or self._store()).blob_for(x, bias)
+            if blob is not None:
+                try:
+                    return call(x, blob, self.form.rows, bias, offsets, _NUMBERS[self.activation])
+                except WrongOrderError:
+                    pass  # packed_linear prepares it again
         if not x.is_floating_point():
             return ops.packed_embedding(x, self.tensors(), self._text, self._dtype)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return ops.packed_linear(x, self.tensors(), self._text, bias, offsets)
+        return ops.packed_linear(x, self.tensors(), self._text, bias, offsets, self.activation)
+
+    def _store(self) -> Stored:
+        """Let the weight and its terms share what knows of the prepared weight."""
+        slots = []
+        for name in self.form.names:
+            term, _, leaf = name.rpartition(".")
+            slots.append(((self._modules[term] if term else self)._parameters, leaf))
+        self._stored = Stored(self.form, slots)
+        for term in self._modules.values():
+            term._stored = self._stored
+        return self._stored
 
     def _apply(self, fn, recurse: bool = True):
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype

@@ -26,25 +26,26 @@ ALLOWED: dict[str, set[str]] = {
     "weight": {"ops"},
     "modules": {"weight"},
     "targets": {"modules"},
+    "activations": {"scheme", "modules", "targets"},
     "methods": {"scheme", "ops"},
     "plan": {"scheme", "targets", "ops", "methods"},  # the registry says a method's alphabet
     "packing": {"plan", "methods", "weight"},
     "calibration": {"targets"},
     "memory": {"calibration", "plan"},
     "checkpoint": {"plan", "weight", "modules", "ops"},
-    "report": {"plan", "verdict"},
+    "report": {"scheme", "plan", "verdict"},
     "source": {"checkpoint", "targets"},
     "output": {"source", "job"},
     "hf": FORM | {"bitlm", "checkpoint"},
-    "evaluate": {"weight", "plan", "hf", "report", "source"},
+    "evaluate": {"scheme", "weight", "plan", "hf", "report", "source", "activations"},
     "run": RUN,
     "quantize": RUN | {"bitlm", "run", "report", "hf", "source", "verdict"},
-    "cli": RUN | {"bitlm", "checkpoint", "evaluate", "hf", "quantize", "report", "run", "source",
-                  "verdict"},
+    "cli": RUN | {"bitlm", "activations", "checkpoint", "evaluate", "hf", "quantize", "report",
+                  "run", "source", "verdict"},
 }
 # Libraries of others that a part must not need at all.
 NO_LIBRARIES = ("scheme",)
-ONLY_TORCH = ("ops", "weight", "modules", "targets", "methods", "plan", "packing")
+ONLY_TORCH = ("ops", "weight", "modules", "targets", "activations", "methods", "plan", "packing")
 HEAVY = ("datasets", "gguf", "rouge_score", "lm_eval", "matplotlib", "sklearn", "scipy", "peft")
 
 

@@ -170,6 +170,36 @@ def test_an_override_of_a_tied_name_alone_is_refused():
         make_plan(zoo.make("llama_tied"), request)
 
 
+def test_embeddings_have_no_activations():
+    request = Request(Scheme(), {"embed_tokens": {"activation": "int1"}}, embeddings=grid(8))
+    with pytest.raises(ValueError, match="embed_tokens.weight is looked up, not multiplied"):
+        make_plan(zoo.make("llama"), request)
+    request = Request(Scheme(), embeddings=Scheme(activation="int8"))
+    plan = make_plan(zoo.make("llama_tied"), request)
+    assert plan["model.embed_tokens.weight"].activation == ""
+    assert plan["lm_head.weight"].activation == "int8"
+    assert plan["model.layers.0.mlp.up_proj.weight"].activation == "float"
+
+
+def test_a_request_for_another_activation():
+    scheme, int8 = Scheme(planes=2), Scheme(planes=2, activation="int8")
+    request = Request(scheme, {"a": {"activation": "int16"},
+                               "b": {"planes": 3, "activation": "int1"}}, ("c",), grid(8))
+    assert request.with_activation("int8") == Request(int8, {"b": {"planes": 3}}, ("c",),
+                                                      grid(8).replace(activation="int8"))
+    some = request.with_activation("int8", "a").with_activation("float", "b")
+    assert list(some.overrides.items()) == [
+        ("b", {"planes": 3, "activation": "int1"}), ("a", {"activation": "int8"}),
+        ("(?:b)", {"activation": "float"})]
+    assert some.scheme == scheme and request.overrides["a"] == {"activation": "int16"}
+    for mode in ("int1", "uint2"):
+        with pytest.raises(ValueError, match="embeddings and head are packed"):
+            request.with_activation(mode)
+        assert Request(scheme).with_activation(mode).scheme.activation == mode
+    with pytest.raises(SchemeError, match="activation is 'int3'"):
+        request.with_activation("int3", "a")
+
+
 def test_embeddings_cannot_be_compensated():
     request = Request(Scheme(), {"embed_tokens": {"compensate": True}}, embeddings=grid(8))
     with pytest.raises(ValueError, match="looked up"):

@@ -269,6 +269,16 @@ def test_a_resume_that_differs_is_refused_naming_the_field(field, options, llama
         quantize(model, out=tmp_path / "out", resume=True, **(base | options))
 
 
+@pytest.mark.parametrize("options, words", [
+    ({"scheme": Scheme(planes=2)}, "scheme.planes was 1 in the interrupted run and is 2 now"),
+    ({"embeddings": 8}, "embeddings was not given in the interrupted run and is {"),
+    ({"overrides": {"up": {"planes": 2}}}, "overrides.up was not given in .* {'planes': 2} now")])
+def test_a_refused_resume_names_defaults_too(options, words, llama, tmp_path):
+    stopped(llama, tmp_path / "out")
+    with pytest.raises(JobError, match=f"cannot resume: {words}"):
+        quantize(llama, out=tmp_path / "out", resume=True, **options)
+
+
 def test_an_interrupted_run_leaves_no_output_and_overwrite_starts_again(llama, tmp_path):
     stopped(llama, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,8 @@ from bitlm.scheme import PRESETS, Scheme, SchemeError, embedding_scheme, grid, p
 OTHER = {"method": "salient", "planes": 3, "group_size": 64, "center": "shift", "levels": "twn",
          "refit": 4, "compensate": True, "scales_from": "compensated", "damp": 0.05, "salient": 0.1,
          "salient_layout": "columns", "salient_metric": "hessian", "salient_scope": "tensor",
-         "salient_statistics": "diluted", "trits": True, "scale_dtype": "float32"}
+         "salient_statistics": "diluted", "trits": True, "scale_dtype": "float32",
+         "activation": "int8"}
 WRONG = {
     "method": [3, None, ["binary"]],
     "planes": [0, 9, 1.5, "2", True, None],
@@ -32,6 +33,7 @@ WRONG = {
     "salient_statistics": ["median"],
     "trits": [0, "no", None],
     "scale_dtype": ["bfloat16", None, 16],
+    "activation": ["int4", "INT8", None, 8, ["int8"]],
 }
 FIELDS = [field.name for field in dataclasses.fields(Scheme)]
 

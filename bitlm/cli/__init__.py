@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -34,18 +35,26 @@ class Group(TyperGroup):
         end = args.index("--") if "--" in args else len(args)
         ctx.meta["debug"] = "--debug" in args[:end]
         kept = [arg for arg in args[:end] if arg != "--debug"] + args[end:]
-        return super().parse_args(ctx, kept)
+        with _ending(ctx):
+            return super().parse_args(ctx, kept)
 
     def invoke(self, ctx):
-        try:
+        with _ending(ctx):
             return super().invoke(ctx)
-        except (Exception, KeyboardInterrupt) as error:  # the one place where errors end
-            if ctx.meta["debug"]:
-                raise
-            code = exit_code_of(error, ctx.invoked_subcommand)
-            if code is None:
-                raise
-            raise typer.Exit(code) from None
+
+
+@contextmanager
+def _ending(ctx):
+    """Turn an error into one line and an exit code: the one place where errors end."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if ctx.meta["debug"]:
+            raise
+        code = exit_code_of(error, ctx.invoked_subcommand)
+        if code is None:
+            raise
+        raise typer.Exit(code) from None
 
 
 app = typer.Typer(cls=Group, name="bitlm", add_completion=False, no_args_is_help=True,

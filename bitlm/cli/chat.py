@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import ActivationOption
+
 NEW_TOKENS = 256
 HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops a reply."
 
@@ -17,16 +19,19 @@ def chat(
         help=f"Tokens of a reply (default: up to {NEW_TOKENS}).", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    activation: ActivationOption = None,
 ) -> None:
     """Talk to a model, from the keyboard or a pipe."""
     import torch
 
+    from .output import activations_of
     from .streaming import load_generator, room, stream
 
-    loaded, tokenizer = load_generator(model)
+    loaded, tokenizer = load_generator(model, activation)
     torch.manual_seed(seed)
     talk = Templated(tokenizer) if tokenizer.chat_template else Plain(tokenizer)
-    print(talk.opening, HELP, file=sys.stderr)
+    modes = activations_of(loaded)
+    print(talk.opening, HELP, f"Activations: {modes}." * bool(modes), file=sys.stderr)
     while (line := _read()) is not None:
         if line == "/exit":
             break

@@ -18,8 +18,9 @@ def exit_code_of(error: BaseException, command: str | None = None) -> int | None
 
     None, and nothing printed, for the exceptions by which typer itself ends a command.
     """
-    if type(error).__module__.split(".")[0] in ("typer", "click") or isinstance(
-            error, BrokenPipeError):
+    if type(error).__module__.split(".")[0] in ("typer", "click"):
+        return _of_usage(error)
+    if isinstance(error, BrokenPipeError):
         return None
     line, code = describe(error, command)
     print(f"bitlm: {line}", file=sys.stderr)
@@ -47,6 +48,16 @@ def describe(error: BaseException, command: str | None = None) -> tuple[str, int
         return f"{error.name} is not installed: pip install {error.name}", FAILED
     return (f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where; please "
             "report it)"), FAILED
+
+
+def _of_usage(error: BaseException) -> int | None:
+    """Print what typer has against the arguments in one line in place of its own three."""
+    if not hasattr(error, "format_message") or "Help" in type(error).__name__:
+        return None  # it ends the command, or shows the help
+    context = getattr(error, "ctx", None)
+    where = f" (see {context.command_path} --help)" if context else ""
+    print(f"bitlm: {' '.join(error.format_message().split()).rstrip('.')}{where}", file=sys.stderr)
+    return getattr(error, "exit_code", USAGE)
 
 
 def _of_system(error: OSError, command: str | None) -> str:

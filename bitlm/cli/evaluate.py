@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import UsageError
+from .output import ActivationOption
 
 TASKS = ("perplexity",)
 _LONGEST = 2048  # the default context of models that read more
@@ -24,6 +25,7 @@ def evaluate(
         help="Use only the first N windows.", min=1)] = None,
     against: Annotated[str, typer.Option(help="Dense model: adds KL divergence, top-1 agreement "
                                               "and logit error.")] = "",
+    activation: ActivationOption = None,
     field: Annotated[str, typer.Option(help="Field of the text in json and hub data.")] = "text",
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
 ) -> None:
@@ -35,13 +37,13 @@ def evaluate(
     from ..calibration.text import check_ids, read_texts, token_windows
     from ..evaluate import language
     from ..evaluate.load import LoadError, load_model
-    from .output import check_target, console, progress_bar, write_json
+    from .output import activations_of, check_target, console, progress_bar, write_json
 
     if json:
         check_target(json)
     # The text first: a wrong path should not cost the loading of a model.
     texts = read_texts(data, field=field, split="test")
-    tested, tokenizer = load_model(model)
+    tested, tokenizer = load_model(model, activation=activation)
     dense = None
     if against:
         dense, dense_tokenizer = load_model(against)
@@ -60,7 +62,8 @@ def evaluate(
             result = vars(found.packed) | {
                 "against": against, "dense_perplexity": found.dense.perplexity, "kl": found.kl,
                 "top1": found.top1, "logit_error": found.logit_error}
-    result = {"model": model, "task": task, "data": data} | result
+    modes = {"activations": activations_of(tested)} if activations_of(tested) else {}
+    result = {"model": model, "task": task, "data": data} | modes | result
     console().print(_table(result))
     if json:
         write_json(json, result | _versions())
@@ -74,6 +77,7 @@ def _table(result: dict[str, Any]) -> Any:
     rows = [("data", result["data"]),
             ("windows", f"{result['windows']} x {result['context']} tokens, "
                         f"{result['tokens']:,} predicted"),
+            *([("activations", result["activations"])] if "activations" in result else []),
             ("perplexity", f"{result['perplexity']:.4g}")]
     if "kl" in result:
         rows += [("dense perplexity", f"{result['dense_perplexity']:.4g}"),
@@ -95,7 +99,7 @@ def _add_to_card(folder: Path, result: dict[str, Any]) -> bool:
     data = Path(result["data"])
     row = {"Task": result["task"], "Data": data.name if data.exists() else result["data"],
            "Context": str(result["context"]), "Tokens": f"{result['tokens']:,}",
-           "Perplexity": f"{result['perplexity']:.4g}"}
+           "Activations": result["activations"], "Perplexity": f"{result['perplexity']:.4g}"}
     if "kl" in result:
         row |= {"Dense perplexity": f"{result['dense_perplexity']:.4g}",
                 "KL to dense": f"{result['kl']:.4g}", "Top-1 agreement": f"{result['top1']:.1%}"}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
+from .output import ActivationOption
 
 NEW_TOKENS = 128
 
@@ -19,20 +20,23 @@ def generate(
         help=f"Tokens to write (default: up to {NEW_TOKENS}).", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    activation: ActivationOption = None,
 ) -> None:
     """Continue a prompt; the speed goes to stderr."""
     if not prompt:
         raise UsageError("the prompt is empty: give some text with -p")
     import torch
 
+    from .output import activations_of
     from .streaming import load_generator, room, stream
 
-    loaded, tokenizer = load_generator(model)
+    loaded, tokenizer = load_generator(model, activation)
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     new = room(loaded, ids.shape[1], max_new_tokens, NEW_TOKENS)
     writer = stream(loaded, tokenizer, ids, new, temperature, skip_prompt=False)
     if writer.interrupted:
         raise KeyboardInterrupt
-    print(f"{len(writer.clock.times) - 1} tokens, {writer.clock.rate():.1f} tokens/s",
-          file=sys.stderr)
+    modes = activations_of(loaded)
+    print(f"{len(writer.clock.times) - 1} tokens, {writer.clock.rate():.1f} tokens/s"
+          + f", activations {modes}" * bool(modes), file=sys.stderr)

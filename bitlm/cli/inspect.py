@@ -53,7 +53,7 @@ def examine(folder: Path) -> dict[str, Any]:
     from ..checkpoint import checkpoint_files, read_headers, split_name
     from ..evaluate.load import LoadError, packed_config
     from ..plan import make_plan
-    from ..report import describe, mib, plan_rows
+    from ..report import activation_of, count_activations, describe, mib, plan_rows
     from ..source import quiet, skeleton
 
     if not folder.is_dir():
@@ -75,6 +75,7 @@ def examine(folder: Path) -> dict[str, Any]:
     headline = [
         ("architecture", ", ".join(config.architectures or ["unknown"])),
         ("scheme", describe(request.scheme.to_dict())),
+        ("activations", count_activations(map(activation_of, plan.entries))),
         ("format version", str(quantization.get("format_version", 1))),
         ("written by", str(quantization.get("producer") or "unknown")),
         ("source", str(quantization.get("source") or "unknown")),

@@ -9,11 +9,17 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..scheme import ACTIVATIONS
+
+MODES = ", ".join(ACTIVATIONS)
+ActivationOption = Annotated[str | None, typer.Option(
+    help=f"How packed layers round their inputs: {MODES} (default: as the checkpoint says).")]
 _WIDTH_OF_A_FILE = 160  # a pipe has no width: rich would cut tables at 80 columns
 
 
@@ -33,6 +39,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: bool = Fa
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def activations_of(model: Any) -> str:
+    """Return the modes of a loaded model's packed layers, "" for a dense model."""
+    from ..activations import activations
+    from ..report import count_activations
+
+    found = activations(model)
+    return count_activations(found.values()) if found else ""
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..scheme import DEFAULT_PRESET, PRESETS, Scheme, SchemeError, grid
+from ..scheme import DEFAULT_PRESET, PRESETS, Scheme, SchemeError, embedding_scheme, grid
 from ..scheme import preset as preset_named
 from .errors import UsageError
-from .output import check_target
+from .output import MODES, check_target
 
 PRESET_HELP = f"One of {', '.join(PRESETS)} (default {DEFAULT_PRESET})."
 TOML_KEYS = ("scheme", "preset", "overrides", "skip", "embeddings")
@@ -31,6 +31,9 @@ def quantize(
     planes: Annotated[int | None, typer.Option(help="Planes of codes, 1 to 8.")] = None,
     salient: Annotated[float | None, typer.Option(
         help="Fraction of weights kept at 8 bits.")] = None,
+    activation: Annotated[str | None, typer.Option(
+        help=f"How packed layers, the head too, round their inputs: {MODES} (default float). "
+             "Can be changed at load.")] = None,
     embeddings: Annotated[int | None, typer.Option(
         help="Pack token embeddings and output head too, at this many bits.")] = None,
     out: Annotated[Path | None, typer.Option(
@@ -65,7 +68,7 @@ def quantize(
     if json_file is not None:
         check_target(json_file)
     asked = _request(preset, method, bits, group_size, planes, salient, embeddings, skip, override,
-                     config)
+                     config, activation)
     if dry_run:
         _show_plan(model, asked, calibrate is not None, calibration_tokens, revision, json_file)
         return
@@ -105,15 +108,15 @@ def _run(model: str, asked: dict[str, Any], out: Path, json_file: Path | None,
 
 def _request(preset: str | None, method: str | None, bits: int | None, group_size: str | None,
              planes: int | None, salient: float | None, embeddings: int | None,
-             skip: list[str] | None, override: list[str] | None, config: Path | None
-             ) -> dict[str, Any]:
+             skip: list[str] | None, override: list[str] | None, config: Path | None,
+             activation: str | None = None) -> dict[str, Any]:
     """Return keyword arguments of quantize(), and `name`, a word for the output folder."""
     asked = _toml(config) if config else {}
     if preset is not None:  # a flag beats the file
         asked["preset"] = preset
         asked.pop("scheme", None)
     changes = {"method": method, "planes": planes, "salient": salient,
-               "group_size": _group_size(group_size)}
+               "group_size": _group_size(group_size), "activation": activation}
     changes = {key: value for key, value in changes.items() if value is not None}
     if bits is not None:
         if method or planes or salient is not None or preset:
@@ -130,13 +133,17 @@ def _request(preset: str | None, method: str | None, bits: int | None, group_siz
         base = grid(planes or 4)
     scheme = base.replace(**changes)
     overrides = dict(asked.get("overrides", {})) | _overrides(override or [])
+    packed = embeddings if embeddings is not None else asked.get("embeddings")
+    if packed is not None and activation is not None:
+        packed = packed if isinstance(packed, Scheme) else embedding_scheme(packed)
+        packed = packed.replace(activation=activation)
     return {"scheme": scheme, "overrides": overrides,
-            "skip": (*asked.get("skip", ()), *(skip or ())),
-            "embeddings": embeddings if embeddings is not None else asked.get("embeddings"),
+            "skip": (*asked.get("skip", ()), *(skip or ())), "embeddings": packed,
             "name": _name(scheme, asked.get("preset"))}
 
 
 def _name(scheme: Scheme, preset: str | None) -> str:
+    scheme = scheme.replace(activation="float")
     if preset in PRESETS and scheme == PRESETS[preset]:
         return preset
     found = next((name for name, value in PRESETS.items() if value == scheme), None)

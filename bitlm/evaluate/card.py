@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 HEADING = "## Measured"
-COLUMNS = ("Task", "Data", "Context", "Tokens", "Perplexity", "Dense perplexity", "KL to dense",
-           "Top-1 agreement")
-_KEYS = 3  # task, data and context tell which row a measurement replaces
+COLUMNS = ("Task", "Data", "Context", "Tokens", "Activations", "Perplexity", "Dense perplexity",
+           "KL to dense", "Top-1 agreement")
+_KEYS = ("Task", "Data", "Context", "Activations")  # they tell which row a measurement replaces
 
 
 def add_measurement(card: str, row: dict[str, str]) -> str:
     """Return the model card with a row of the "Measured" table added.
 
-    row: text by column of COLUMNS, missing ones stay empty. A row of the same task, data and
-    context is replaced; the table and its heading are made where they are missing.
+    row: text by column of COLUMNS, missing ones stay empty. A row of the same task, data, context
+    and activations is replaced; the table and its heading are made where they are missing.
     """
-    cells = [row.get(column, "").replace("|", "/").replace("\n", " ") for column in COLUMNS]
+    row = {column: text.replace("|", "/").replace("\n", " ") for column, text in row.items()}
     before, rows, after = _split(card)
-    same = [i for i, other in enumerate(rows) if other[:_KEYS] == cells[:_KEYS]]
+    same = [i for i, other in enumerate(rows)
+            if all(other.get(key, "") == row.get(key, "") for key in _KEYS)]
     if same:
-        rows[same[0]] = cells
+        rows[same[0]] = row
     else:
-        rows.append(cells)
-    table = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+        rows.append(row)
+    table = [COLUMNS, ["---"] * len(COLUMNS),
+             *([each.get(column, "") for column in COLUMNS] for each in rows)]
     lines = ["| " + " | ".join(line) + " |" for line in table]
     return "\n".join([*before, HEADING, "", *lines, *after]) + "\n"
 
 
-def _split(card: str) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the lines before the table's heading, the cells of its rows, the lines after it."""
+def _split(card: str) -> tuple[list[str], list[dict[str, str]], list[str]]:
+    """Return the lines before the table's heading, its rows by column, the lines after it."""
     lines = card.rstrip("\n").split("\n") if card.strip() else []
     if HEADING not in lines:
         return lines + [""] * bool(lines), [], []
@@ -39,4 +41,6 @@ def _split(card: str) -> tuple[list[str], list[list[str]], list[str]]:
             rows.append([cell.strip() for cell in lines[end].strip().strip("|").split("|")])
         end += 1
     after = lines[end:]
-    return lines[:start], rows[2:], ["", *after] if after else []
+    # By their own header: a card that an earlier version wrote may lack a column.
+    named = [dict(zip(rows[0], cells)) for cells in rows[2:]]
+    return lines[:start], named, ["", *after] if after else []

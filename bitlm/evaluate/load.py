@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..activations import set_activation
+from ..scheme import Scheme
 from ..source import SourceError, model_class, quiet, resolve
 
 
@@ -18,15 +20,19 @@ class LoadError(ValueError):
     """A model that cannot be loaded: the message says why and what to do."""
 
 
-def load_model(model: str | Path, dtype: Any = "auto") -> tuple[nn.Module, Any | None]:
+def load_model(model: str | Path, dtype: Any = "auto", activation: str | None = None
+               ) -> tuple[nn.Module, Any | None]:
     """Return a model in eval mode and its tokenizer, None where its folder has none.
 
-    model: a local folder, else a hub id. The class is the one that the config names. Raises
-    LoadError for everything that cannot be loaded, incomplete weights too.
+    model: a local folder, else a hub id. The class is the one that the config names. activation:
+    the mode of all packed layers, None for the checkpoint's own. Raises SchemeError for an unknown
+    mode, LoadError for everything that cannot be loaded, incomplete weights too.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
+    if activation is not None:
+        Scheme(activation=activation)
     with _quiet_hub():
         try:
             folder = resolve(model)
@@ -52,6 +58,11 @@ def load_model(model: str | Path, dtype: Any = "auto") -> tuple[nn.Module, Any |
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise LoadError(f"{model} lacks {missing[0]}{more} of {type(loaded).__name__}: the "
                         "checkpoint is not complete")
+    if activation is not None:
+        try:
+            set_activation(loaded, activation)
+        except ValueError as error:
+            raise LoadError(f"{model}: {_line(error)}") from None
     return loaded.eval(), load_tokenizer(folder)
 
 

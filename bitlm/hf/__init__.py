@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers.quantizers import auto
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -25,6 +26,11 @@ def register() -> None:
         register_quantization_config("bitlm")(BitlmConfig)
     if "bitlm" not in AUTO_QUANTIZER_MAPPING:
         register_quantizer("bitlm")(BitlmQuantizer)
+    # The configurations of which `from_pretrained(quantization_config=...)` takes something for a
+    # checkpoint that has its own: a constant, which transformers gives no function to add to.
+    known = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", ())
+    if BitlmConfig not in known:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, BitlmConfig)
     register_experts()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,11 +22,14 @@ class BitlmConfig(QuantizationConfigMixin):
     """How a whole model is packed, as it stands in config.json; every attribute is plain JSON.
 
     scheme: of every linear weight: a preset's name, a Scheme or its dict. overrides: regular
-    expression -> scheme fields that differ where it is found in a weight's name. skip: regular
-    expressions of names that stay dense. embeddings: bits (1 to 8) or scheme of token embeddings
-    and output head; None leaves them dense. stage: "packed", or "training" for a dense checkpoint
-    in quantization-aware training. producer, source, calibration: where the checkpoint comes from.
-    metadata: free.
+    expression -> scheme fields that differ where it is found in a weight's name, as a dict or as
+    pairs; later ones win. skip: regular expressions of names that stay dense. embeddings: bits (1
+    to 8) or scheme of token embeddings and output head; None leaves them dense. stage: "packed", or
+    "training" for a dense checkpoint in quantization-aware training. producer, source, calibration:
+    where the checkpoint comes from. metadata: free. activation: the mode of all layers, in place of
+    what scheme and embeddings say. Given to `from_pretrained` of a packed checkpoint it is what
+    takes effect, also over the overrides of the checkpoint; the rest of that configuration is
+    ignored.
 
     Raises ValueError for unknown keys, for what no scheme may be, and for a checkpoint that needs a
     newer bitlm.
@@ -33,7 +38,7 @@ class BitlmConfig(QuantizationConfigMixin):
     def __init__(
         self,
         scheme: str | Scheme | dict[str, Any] = DEFAULT_PRESET,
-        overrides: dict[str, dict[str, Any]] | None = None,
+        overrides: dict[str, dict[str, Any]] | list[list[Any]] | None = None,
         skip: list[str] | tuple[str, ...] | None = None,
         embeddings: int | str | Scheme | dict[str, Any] | None = None,
         stage: str = "packed",
@@ -42,6 +47,7 @@ class BitlmConfig(QuantizationConfigMixin):
         source: str | None = None,
         calibration: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
+        activation: str | None = None,
         quant_method: str = "bitlm",
         **unknown: Any,
     ) -> None:
@@ -61,15 +67,50 @@ class BitlmConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.stage = stage
         self.scheme = _scheme(scheme).to_dict()
-        self.overrides = {pattern: dict(changes) for pattern, changes in (overrides or {}).items()}
+        self.overrides = {}
         self.skip = list(skip or ())
         self.embeddings = None if embeddings is None else _embeddings(embeddings).to_dict()
         self.producer = producer or f"bitlm {__version__}"
         self.source = source
         self.calibration = calibration
         self.metadata = metadata or {}
-        for changes in self.overrides.values():
-            _scheme(scheme).replace(**changes)
+        self._activation = None
+        self.activation = activation
+        for pattern, changes in dict(overrides or {}).items():
+            Scheme.from_dict(self.scheme).replace(**changes)
+            self.overrides[pattern] = dict(changes)
+
+    @property
+    def activation(self) -> str | None:
+        """The mode that was asked for all layers; None: as the scheme and its overrides say."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, mode: str | None) -> None:
+        if mode is not None:
+            self.set_activation(mode)
+        self._activation = mode
+
+    def set_activation(self, mode: str, pattern: str | None = None) -> None:
+        """Change scheme, overrides and embeddings to a mode: see plan.Request.with_activation."""
+        request = self.request.with_activation(mode, pattern)
+        self.scheme, self.overrides = request.scheme.to_dict(), request.overrides
+        self.embeddings = request.embeddings and request.embeddings.to_dict()
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what a configuration given to `from_pretrained` changes of the checkpoint's."""
+        return {} if self.activation is None else {"activation": self.activation}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds: the mode stands in scheme, overrides and embeddings."""
+        found = {key: copy.deepcopy(getattr(self, key)) for key in KEYS}
+        if list(self.overrides) != sorted(self.overrides):
+            # config.json is written with its keys sorted, and a later override wins: keep the order
+            found["overrides"] = [list(pair) for pair in found["overrides"].items()]
+        return found
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
 
     @property
     def request(self) -> Request:

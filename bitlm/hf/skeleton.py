@@ -37,7 +37,9 @@ def build(model: PreTrainedModel, request: Request, files: list[str] | None) -> 
         headers = found.packed.get(name, planned)
         tensors = {tensor: torch.empty(header.shape, dtype=header.dtype, device="meta")
                    for tensor, header in headers.items()}
-        install(model, name, PackedWeight(tensors, entry.form, entry.target.dtype))
+        weight = PackedWeight(tensors, entry.form, entry.target.dtype)
+        weight.activation = entry.scheme.activation
+        install(model, name, weight)
     rewrite_tied_keys(model)
     return found
 

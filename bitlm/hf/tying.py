@@ -33,7 +33,9 @@ def twin(weight: PackedWeight) -> PackedWeight:
 
     Not the same module: accelerate would hang its hooks on it once for each name.
     """
-    return PackedWeight(dict(weight.named_tensors()), weight.form, weight.dtype)
+    other = PackedWeight(dict(weight.named_tensors()), weight.form, weight.dtype)
+    other.activation = getattr(weight, "activation", "float")
+    return other
 
 
 def rewrite_tied_keys(model: PreTrainedModel) -> None:

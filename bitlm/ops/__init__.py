@@ -1,7 +1,7 @@
 """`torch.ops.bitlm.*`: one schema and one fake per op; each backend registers its implementation.
 
-The reference (`reference.py`) is registered for every device; `cpu.py` takes over on the CPU for
-the forms that the native library covers, and says why when it hands a form back.
+The reference (`reference.py`) is registered for every device; `cpu.py` takes over on the CPU and
+says why when it hands a form back.
 """
 
 from __future__ import annotations
@@ -13,29 +13,39 @@ from torch.library import Library, register_autograd, register_fake
 from . import cpu, reference
 from .form import parse
 
-# `prepared` is a backend's own layout of the same weight, `activation` how it may round x ("float":
-# not at all), `offsets` the ends of the experts' slices of a sorted x: see reference.packed_linear.
+# `activation` is how x is rounded and `step` the step of its levels: see rounding.rounded.
+# `offsets` are the ends of the experts' slices of a sorted x: see reference.packed_linear.
 SCHEMAS = {
     "packed_linear": "(Tensor x, Tensor[] tensors, str form, Tensor? bias=None, Tensor? "
-                     "offsets=None, Tensor? prepared=None, str activation='float') -> Tensor",
+                     "offsets=None, str activation='float', Tensor? step=None) -> Tensor",
     "packed_linear_dx": "(Tensor grad, Tensor[] tensors, str form, Tensor? offsets=None) -> Tensor",
     "packed_embedding": "(Tensor ids, Tensor[] tensors, str form, ScalarType dtype) -> Tensor",
     "dequantize": "(Tensor[] tensors, str form, ScalarType dtype) -> Tensor",
 }
+# The same linear layer on a prepared weight (prepare.py), without gradients; `activation` is its
+# number in structs.ACTIVATIONS.
+PREPARED_LINEAR = ("prepared_linear(Tensor x, Tensor weight, int rows, Tensor? bias=None, Tensor? "
+                   "offsets=None, Tensor? step=None, int activation=0) -> Tensor")
 
 _library = Library("bitlm", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+_library.define(PREPARED_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
 cpu.register(_library)
 
 
 @register_fake("bitlm::packed_linear")
-def _(x, tensors, form, bias=None, offsets=None, prepared=None, activation="float"):
+def _(x, tensors, form, bias=None, offsets=None, activation="float", step=None):
     layout = parse(form)
     torch._check(x.shape[-1] == layout.columns,
                  lambda: f"the input has {x.shape[-1]} features, the weight {layout.columns}")
     return x.new_empty((*x.shape[:-1], layout.rows))
+
+
+@register_fake("bitlm::prepared_linear")
+def _(x, weight, rows, bias=None, offsets=None, step=None, activation=0):
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 @register_fake("bitlm::packed_linear_dx")
@@ -56,7 +66,7 @@ def _(tensors, form, dtype):
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, tensors, form, bias, offsets, _, _ = inputs
+    _, tensors, form, bias, offsets, *_ = inputs
     ctx.form = form
     ctx.has_offsets = offsets is not None
     ctx.has_bias = bias is not None
@@ -90,3 +100,4 @@ register_autograd("bitlm::packed_linear", _backward, setup_context=_save_for_bac
 packed_linear = torch.ops.bitlm.packed_linear
 packed_embedding = torch.ops.bitlm.packed_embedding
 dequantize = torch.ops.bitlm.dequantize
+prepared_linear = torch.ops.bitlm.prepared_linear

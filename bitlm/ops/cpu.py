@@ -1,58 +1,44 @@
-"""The CPU implementation of `packed_linear`: the native kernel, or the reference with a reason."""
+"""The CPU implementation of the ops: the native kernels, or the reference with a reason."""
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from functools import cache
-from math import ceil
+from ctypes import c_int32
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
+from . import cache, reference, structs
 from . import library as native
-from . import reference
-from .form import TABLE, Form, kind, parse, planes
+from .form import Form, parse
+from .structs import ACTIVATIONS, NO_MEMORY, OK, TYPES, WRONG_ORDER
 
-_MAX_PLANES = 8
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_BIAS_TYPES = (*_TYPES, torch.float64)
-# struct bitlm_linear of bitlm.h: its head, and one of its planes.
-_HEAD = struct.Struct("=4q4Q8i")
-_PLANE = struct.Struct("=4Qif")
-_TENSORS = ("plane.signs", "plane.mask", "plane.trits", "plane.scales", "shift")
-_REASONS = {
-    "plane.columns": "planes that cover some of the columns",
-    "plane.zones": "planes with two zones of scales",
-    "plane.row_scales": "scales of higher rank",
-    "plane.column_scales": "scales of higher rank",
-    "input_scales": "scaled inputs",
-    "chain": "factorized chains",
-    "low_rank": "low-rank terms",
-    "salient": "salient entries",
-}
-_ALGORITHMS = {"auto": 0, "look-up": 1, "expand": 2}
+# struct bitlm_linear: six pointers, the tokens, and three types, activation, threads, 0.
+_LINEAR = struct.Struct("=6Qq6i")
+_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+# Of struct bitlm_weight: experts, parts, rows, columns.
+_Sizes = c_int32 * 4
+_SIZES_AT = structs.Weight.experts.offset
+_modes = torch._C._len_torch_dispatch_stack
+_profiled = torch.autograd._profiler_enabled
+_tracing = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in TYPES)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where each struct field of a form finds its tensor.
-
-    planes: per plane the positions of signs, mask, trits and scales among the tensors (None:
-    absent) and the factor of its scales. shapes, dtypes: what each tensor must be.
-    """
-
-    form: Form
-    planes: tuple[tuple[int | None, int | None, int | None, int, float], ...]
-    shift: int | None
-    shapes: tuple[tuple[int, int], ...]
-    dtypes: tuple[tuple[torch.dtype, ...], ...]
+class WrongOrderError(RuntimeError):
+    """A weight prepared for an instruction set that is no longer the one in use."""
 
 
 def unsupported(form: Form, dtype: torch.dtype) -> str | None:
     """Return why a weight of this form goes to the reference for inputs of `dtype`, or None."""
-    return _no_library() or _unsupported_dtype(dtype) or _unsupported_form(form)
+    reason = native.load().reason
+    if reason:
+        return reason
+    if dtype not in TYPES:
+        return f"{str(dtype).removeprefix('torch.')} inputs have no kernel"
+    return None
 
 
 def describe() -> dict[str, object]:
@@ -62,131 +48,124 @@ def describe() -> dict[str, object]:
         "library": str(loaded.path) if loaded.library else None,
         "reason": loaded.reason,
         "instruction_set": native.instruction_set(),
-        "dtypes": [str(dtype).removeprefix("torch.") for dtype in _TYPES],
-        "native": "packed_linear of 1 to 8 binary or ternary planes with group or row scales, "
-                  "halving scales, shift and bias",
-        "reference": [*dict.fromkeys(_REASONS.values()), "experts", "float64", "gradients",
-                      "embeddings"],
+        "dtypes": list(_DTYPES),
+        "native": "linear layers, experts and embeddings of every form",
+        "reference": ["float64", "gradients", "embeddings with chains or low-rank terms"],
     }
 
 
 def register(library: Library) -> None:
-    """Register the CPU implementation with the op library."""
+    """Register the CPU implementations with the op library."""
+    library.impl("prepared_linear", prepared_linear, "CPU")
     library.impl("packed_linear", packed_linear, "CPU")
+    library.impl("packed_embedding", packed_embedding, "CPU")
 
 
-def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | None = None,
-                  offsets: Tensor | None = None, prepared: Tensor | None = None,
-                  activation: str = "float", *, algorithm: str = "auto") -> Tensor:
-    """Return x @ W.T + bias, natively when the form and dtypes are covered.
+def call(x: Tensor, weight: Tensor, rows: int, bias: Tensor | None, offsets: Tensor | None,
+         activation: int) -> Tensor:
+    """Call the op `prepared_linear`, past torch's dispatcher (3 us) where nobody listens there."""
+    if type(x) is Tensor and not _modes() and not _profiled() and _tracing() is None and \
+            _transforms() is None:
+        return prepared_linear(x, weight, rows, bias, offsets, None, activation)
+    return torch.ops.bitlm.prepared_linear.default(x, weight, rows, bias, offsets, None, activation)
 
-    x: float [..., K]. `algorithm` ("auto", "look-up", "expand") is for tests.
+
+def prepared_linear(x: Tensor, weight: Tensor, rows: int, bias: Tensor | None = None,
+                    offsets: Tensor | None = None, step: Tensor | None = None,
+                    activation: int = 0) -> Tensor:
+    """Return x @ W.T + bias for a prepared weight (prepare.py).
+
+    x: float32, float16 or bfloat16 [..., K]. activation: a number of structs.ACTIVATIONS. The rest
+    is as in reference.packed_linear. Raises WrongOrderError when the weight must be prepared again.
     """
-    layout = _layout(form)
-    x_type = _TYPES.get(x.dtype)
-    if layout is None or x_type is None or (bias is not None and bias.dtype not in _BIAS_TYPES):
-        return reference.packed_linear(x, tensors, form, bias, offsets, prepared, activation)
-    weight = layout.form
-    if x.shape[-1] != weight.columns:
-        raise RuntimeError(f"the input has {x.shape[-1]} features, the weight {weight.columns}")
-    tensors = _checked(layout, tensors)
+    x_type = TYPES.get(x.dtype)
+    if x_type is None:
+        raise RuntimeError(f"a prepared weight takes {', '.join(_DTYPES)}, not {x.dtype}")
+    address = weight.data_ptr()
+    experts, _, real_rows, columns = _Sizes.from_address(address + _SIZES_AT)
+    *lead, features = x.shape
+    if features != columns or rows != real_rows:
+        raise RuntimeError(f"the input has {features} features, the weight {columns}"
+                           if features != columns else
+                           f"{rows} rows are asked for, the weight has {real_rows}")
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], weight.rows))
-    if not y.numel():
+    lead.append(rows)
+    y = x.new_empty(lead)
+    tokens = x.numel() // columns
+    if not tokens:
         return y
-    bias_type = 0
+    bias_at = bias_type = offsets_at = step_at = 0
     if bias is not None:
-        if bias.shape != (weight.rows,):
-            raise RuntimeError(f"the bias has shape {list(bias.shape)}, expected [{weight.rows}]")
-        bias = (bias.float() if bias.dtype == torch.float64 else bias).contiguous()
-        bias_type = _TYPES[bias.dtype]
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    shift = layout.shift
-    call = _HEAD.pack(
-        weight.rows, weight.columns, weight.group_size, x.numel() // weight.columns,
-        x.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        0 if shift is None else pointers[shift], y.data_ptr(),
-        x_type, bias_type, 0 if shift is None else _TYPES[tensors[shift].dtype], x_type,
-        torch.get_num_threads(), _ALGORITHMS[algorithm], len(layout.planes), 0)
-    for signs, mask, trits, scales, factor in layout.planes:
-        call += _PLANE.pack(0 if signs is None else pointers[signs],
-                            0 if mask is None else pointers[mask],
-                            0 if trits is None else pointers[trits],
-                            pointers[scales], _TYPES[tensors[scales].dtype], factor)
+        bias = _bias(bias, rows, experts)
+        bias_at, bias_type = bias.data_ptr(), TYPES[bias.dtype]
+    if experts:
+        offsets = _offsets(offsets, experts)
+        offsets_at = offsets.data_ptr()
+    if step is not None:
+        step = step.to(torch.float32).contiguous()
+        step_at = step.data_ptr()
     # ctypes gives the GIL away meanwhile; the names above keep the tensors alive.
-    status = native.load().library.bitlm_packed_linear(call)
-    if status == 2:
-        raise MemoryError("no memory for the tables of a packed linear; use a smaller batch")
-    if status:
-        raise RuntimeError(f"the native library refused a weight of form {form!r}; "
-                           "please report this")
+    status = native.load().library.bitlm_cpu_linear(_LINEAR.pack(
+        address, x.data_ptr(), bias_at, y.data_ptr(), offsets_at, step_at, tokens, x_type,
+        bias_type, x_type, activation, torch.get_num_threads(), 0))
+    if status != OK:
+        _raise(status)
     return y
 
 
-def _checked(layout: _Layout, tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors, dense; raises when one is not what the kernel would read."""
-    for position, (tensor, shape, dtypes) in enumerate(zip(tensors, layout.shapes, layout.dtypes,
-                                                           strict=True)):
-        if tensor.shape != shape or tensor.dtype not in dtypes:
-            name = layout.form.names[position]
-            raise RuntimeError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected "
-                               f"{' or '.join(map(str, dtypes))} {list(shape)}")
-        if not tensor.is_contiguous():
-            tensors = [t.contiguous() for t in tensors]
-    return tensors
+def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | None = None,
+                  offsets: Tensor | None = None, activation: str = "float",
+                  step: Tensor | None = None) -> Tensor:
+    """Return what reference.packed_linear does, natively when there is a kernel."""
+    if unsupported(parse(form), x.dtype):
+        return reference.packed_linear(x, tensors, form, bias, offsets, activation, step)
+    number = _ACTIVATION_NUMBERS[activation]
+    while True:
+        weight = cache.prepared(form, tensors)
+        try:
+            return prepared_linear(x, weight.blob, weight.form.rows, bias, offsets, step, number)
+        except WrongOrderError:
+            cache.forget(weight)
 
 
-def _no_library() -> str | None:
-    return native.load().reason
+def packed_embedding(ids: Tensor, tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
+    """Return rows `ids` of the weight; forms whose rows have no terms of their own: reference."""
+    layout = parse(form)
+    staged = any(name.startswith(("chain", "low_rank")) for name in layout.names)
+    if staged or layout.experts or layout.parts != 1 or unsupported(layout, dtype):
+        return reference.packed_embedding(ids, tensors, form, dtype)
+    weight = cache.prepared(form, tensors)
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    out = torch.empty((*ids.shape, layout.columns), dtype=dtype)
+    if not flat.numel():
+        return out
+    status = native.load().library.bitlm_cpu_rows(
+        weight.blob.data_ptr(), flat.data_ptr(), flat.numel(), out.data_ptr(), TYPES[dtype])
+    if status != OK:
+        low, high = int(flat.min()), int(flat.max())
+        if low < 0 or high >= layout.rows:
+            raise IndexError(f"ids from {low} to {high}, but the embedding has {layout.rows} rows")
+        _raise(status)
+    return out
 
 
-def _unsupported_dtype(dtype: torch.dtype) -> str | None:
-    if dtype in _TYPES:
-        return None
-    return f"{str(dtype).removeprefix('torch.')} inputs have no kernel"
+def _bias(bias: Tensor, rows: int, experts: int) -> Tensor:
+    if bias.numel() != rows * (experts or 1) or bias.ndim != 1 + (experts > 0):
+        wanted = (experts, rows) if experts else (rows,)
+        raise RuntimeError(f"the bias has shape {list(bias.shape)}, expected {list(wanted)}")
+    return (bias if bias.dtype in TYPES else bias.float()).contiguous()
 
 
-@cache
-def _unsupported_form(form: Form) -> str | None:
-    if form.experts:
-        return "experts have no kernel yet"
-    for name in form.names:
-        key = kind(name)
-        if key not in _TENSORS:
-            what = _REASONS.get(key) or _REASONS.get(key.split(".")[0], name)
-            return f"{what} have no kernel yet"
-    numbers = planes(form.names)
-    if not 1 <= len(numbers) <= _MAX_PLANES:
-        return f"{len(numbers)} planes have no kernel, 1 to {_MAX_PLANES} have"
-    for number in numbers:
-        names = [name for name in form.names if name.startswith(f"plane{number}.")]
-        shared = form.plane_ratio != 1 and number != 0
-        codes = {name.split(".")[1] for name in names} - {"scales"}
-        if codes not in ({"signs"}, {"signs", "mask"}, {"trits"}):
-            return f"plane {number} has neither signs nor trits"
-        if not shared and f"plane{number}.scales" not in names:
-            return f"plane {number} has no scales"
-    if form.plane_ratio != 1 and numbers[0] != 0:
-        return "plane 0, which has the scales, is missing"
-    return None
+def _offsets(offsets: Tensor | None, experts: int) -> Tensor:
+    if offsets is None or offsets.shape != (experts,):
+        raise RuntimeError(f"a weight of {experts} experts needs {experts} offsets")
+    return offsets.to(torch.int32).contiguous()
 
 
-@cache
-def _layout(text: str) -> _Layout | None:
-    """Return where the tensors of a form go, or None when it goes to the reference."""
-    form = parse(text)
-    if _no_library() or _unsupported_form(form):
-        return None
-    place = {name: position for position, name in enumerate(form.names)}
-    layouts = []
-    for number in planes(form.names):
-        shared = form.plane_ratio != 1 and number != 0
-        codes = (place.get(f"plane{number}.{part}") for part in ("signs", "mask", "trits"))
-        layouts.append((*codes, place[f"plane{0 if shared else number}.scales"],
-                        float(form.plane_ratio) ** -number if shared else 1.0))
-    widths = {"plane.signs": ceil(form.columns / 8), "plane.mask": ceil(form.columns / 8),
-              "plane.trits": ceil(form.columns / 5), "plane.scales": form.groups,
-              "shift": form.groups}
-    shapes = tuple((form.rows, widths[kind(name)]) for name in form.names)
-    dtypes = tuple(TABLE[kind(name)].dtypes for name in form.names)
-    return _Layout(form, tuple(layouts), place.get("shift"), shapes, dtypes)
+def _raise(status: int) -> None:
+    if status == WRONG_ORDER:
+        raise WrongOrderError("the weight was prepared for another instruction set than the one "
+                              "in use: prepare it again")
+    if status == NO_MEMORY:
+        raise MemoryError("no memory for the tables of a packed linear; use a smaller batch")
+    raise RuntimeError(f"the native library refused a call (status {status}); please report this")

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ABI_VERSION = 1
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
+from . import structs
+
+ABI_VERSION = 2
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "amx")
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _PREFIX = "" if sys.platform == "win32" else "lib"
+# Of every function that is called: its result and its arguments (native/bitlm.h).
+_FUNCTIONS = {
+    "bitlm_cpu_instruction_set": (c_char_p,),
+    "bitlm_cpu_order": (c_int,),
+    "bitlm_cpu_limit_instruction_set": (c_int, c_int),
+    "bitlm_cpu_linear": (c_int, c_void_p),
+    "bitlm_cpu_rows": (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_int),
+    "bitlm_codes_bytes": (c_int64, POINTER(structs.Codes)),
+    "bitlm_repack": (c_int, POINTER(structs.Codes), c_void_p, c_int),
+    "bitlm_unpack": (c_int, c_void_p, POINTER(structs.Codes), c_int),
+    "bitlm_salient": (c_int64, c_void_p, c_void_p, c_int64, POINTER(structs.Shape), c_void_p,
+                      c_void_p),
+}
 
 
 @dataclass(frozen=True)
@@ -39,9 +55,18 @@ def load(name: str = "bitlm_cpu") -> Loaded:
     if version != ABI_VERSION:
         return Loaded(None, path, f"{path} has interface version {version}, this bitlm needs "
                                   f"{ABI_VERSION}; reinstall bitlm")
-    library.bitlm_cpu_instruction_set.restype = ctypes.c_char_p
-    library.bitlm_packed_linear.argtypes = [ctypes.c_char_p]
+    for function, (result, *arguments) in _FUNCTIONS.items():
+        getattr(library, function).restype = result
+        getattr(library, function).argtypes = arguments
     return Loaded(library, path, None)
+
+
+def native() -> ctypes.CDLL:
+    """Return the library; raises RuntimeError with the reason when there is none."""
+    loaded = load()
+    if loaded.library is None:
+        raise RuntimeError(loaded.reason)
+    return loaded.library
 
 
 def _find(file: str) -> Path | None:
@@ -62,7 +87,10 @@ def instruction_set() -> str | None:
 
 
 def limit_instruction_set(name: str | None) -> str | None:
-    """Use at most `name` (one of INSTRUCTION_SETS; None: no limit) and return what is then used."""
+    """Use at most `name` (one of INSTRUCTION_SETS; None: no limit) and return what is then used.
+
+    On ARM "scalar" is NEON. What is prepared for another order of codes is prepared again.
+    """
     library = load().library
     if library is None:
         return None

@@ -1,173 +1,149 @@
-"""Time of one linear layer: torch's own beside bitlm's packed ones, in microseconds a call.
+"""Time of linear layers, ours beside torch's and llama.cpp's, against the targets.
 
-All engines take turns in each round, and the median over the rounds counts, so a slow spell of the
-machine hits all alike. cold: calls cycle over copies of the weight that no cache holds together;
-warm: one copy.
+    scripts/bench kernels [--ggml FOLDER] [--instruction-set avx2] [--json FILE]
+    scripts/bench kernels --table eval/results/kernels.json    # tables of what was measured before
+    scripts/bench kernels --list                               # the groups, for --groups
+
+Within a group all engines take turns in each round, and medians over the rounds count, so a slow
+spell of the machine hits all alike; ratios are medians of the rounds' own ratios. cold: calls cycle
+over copies of the weight that no cache holds together; warm: one copy. Ours is the op that a packed
+layer calls; "read" is a pass over the same bytes that does nothing with them. --ggml: a folder that
+scripts/benchmarks/ggml/build filled. With --instruction-set avx2 torch and llama.cpp are held to
+AVX2, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import platform
-import statistics
+import sys
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
-from bitlm.ops import library, packed_linear
-from bitlm.ops.form import Form
-
-FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd")
-# name: planes, ternary, group size (None: one scale a row)
-FORMS = {
-    "bitlm binary g128": (1, False, 128),
-    "bitlm binary row": (1, False, None),
-    "bitlm ternary g128": (1, True, 128),
-    "bitlm 3 planes g128": (3, False, 128),
-}
-
-
-@dataclass
-class Engine:
-    """One way to compute a layer: `call(copy number)`, with `copies` of its weight."""
-
-    name: str
-    call: Callable[[int], Tensor]
-    copies: int
-    next: int = 0
-
-    def run(self) -> None:
-        self.call(self.next)
-        self.next = (self.next + 1) % self.copies
-
-
-def machine() -> dict[str, object]:
-    """Return what the numbers depend on: processor, its instruction sets, versions."""
-    info: dict[str, str] = {}
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(":")
-            info.setdefault(key.strip(), value.strip())
-    flags = info.get("flags", info.get("Features", "")).split()
-    return {
-        "cpu": info.get("model name", platform.processor() or platform.machine()),
-        "family": info.get("cpu family"), "model": info.get("model"),
-        "cores": torch.get_num_threads(), "flags": [flag for flag in FLAGS if flag in flags],
-        "torch": torch.__version__, "bitlm": library.instruction_set() or library.load().reason,
-    }
-
-
-def copies_of(size: int, cold_mib: int) -> int:
-    return max(1, ceil(cold_mib * 2**20 / size))
-
-
-def torch_engines(rows: int, columns: int, x: Tensor, cold_mib: int,
-                  names: set[str]) -> list[Engine]:
-    """Return nn.Linear in float32 and bfloat16 and torch's dynamic int8 layer."""
-    engines = []
-    for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
-        if name in names:
-            layer = nn.Linear(columns, rows, bias=False, dtype=dtype)
-            count = copies_of(layer.weight.nbytes, cold_mib)
-            layers = [copy.deepcopy(layer) for _ in range(count)]
-            own = x.to(dtype)
-            engines.append(Engine(name, lambda i, m=layers, v=own: m[i](v), count))
-    if "torch int8" in names:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            layer = nn.Sequential(nn.Linear(columns, rows, bias=False))
-            count = copies_of(rows * columns, cold_mib)
-            layers = [torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, torch.qint8)[0]
-                      for _ in range(count)]
-        engines.append(Engine("torch int8", lambda i, m=layers: m[i](x), count))
-    return engines
-
-
-def packed_engine(name: str, rows: int, columns: int, x: Tensor, cold_mib: int) -> Engine:
-    """Return a packed layer with random codes."""
-    planes, ternary, group = FORMS[name]
-    form = Form(rows, columns, (), min(group or columns, columns))
-    names, weight = [], []
-    for plane in range(planes):
-        for part in ("signs", "mask") if ternary else ("signs",):
-            names.append(f"plane{plane}.{part}")
-            weight.append(torch.randint(256, (rows, ceil(columns / 8)), dtype=torch.uint8))
-        names.append(f"plane{plane}.scales")
-        weight.append(torch.rand(rows, form.groups).half() / 100)
-    text = Form(rows, columns, tuple(names), form.group_size).text
-    count = copies_of(sum(t.nbytes for t in weight), cold_mib)
-    weights = [[t.clone() for t in weight] for _ in range(count)]
-    return Engine(name, lambda i: packed_linear(x, weights[i], text), count)
-
-
-def measure(engines: list[Engine], rounds: int, seconds: float) -> dict[str, float]:
-    """Return the median microseconds a call of each engine."""
-    times: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    for engine in engines:
-        for _ in range(3):
-            engine.run()
-    for _ in range(rounds):
-        for engine in engines:
-            calls, start = 0, time.perf_counter()
-            while (passed := time.perf_counter() - start) < seconds or not calls:
-                engine.run()
-                calls += 1
-            times[engine.name].append(passed / calls * 1e6)
-    return {name: statistics.median(values) for name, values in times.items()}
+from harness import calls, machine, results, tables, torch_layers
+from harness.ggml import Ggml, Type
+from harness.packed import Prepared
+from harness.timing import Engine, take_turns
+from harness.work import COLD_MIB, GROUPS, Group
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", metavar="NxK",
-                        default=["4096x4096", "4096x11008", "768x768"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--modes", nargs="+", choices=("cold", "warm"), default=["cold", "warm"])
-    parser.add_argument("--engines", nargs="+", help="part of a name; all of them by default")
-    parser.add_argument("--instruction-set", choices=library.INSTRUCTION_SETS,
-                        help="bitlm uses at most this one; torch is not limited")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.05, help="of an engine in a round")
-    parser.add_argument("--cold-mib", type=int, default=320)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--instruction-set", choices=("scalar", "avx2", "avx512", "amx"),
+                        help="bitlm uses at most this one; the peers are held to AVX2 as well")
+    parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="builds of llama.cpp")
+    parser.add_argument("--groups", nargs="+", metavar="PART", help="parts of names of groups")
+    parser.add_argument("--engines", nargs="+", metavar="PART", help="parts of names of engines")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.06, help="of an engine in a round")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print what FILE holds")
+    parser.add_argument("--list", action="store_true", help="only print the groups")
     options = parser.parse_args()
-    library.limit_instruction_set(options.instruction_set)
-    names = ["torch fp32", "torch bf16", "torch int8", *FORMS]
-    if options.engines:
-        names = [n for n in names if any(part in n for part in options.engines)]
-    about = machine()
-    print(" ".join(f"{key}: {value};" for key, value in about.items()))
-    print(f"{'N x K':>12} {'batch':>5} {'thr':>3} {'mode':>5}  "
-          + " ".join(f"{name.removeprefix('bitlm '):>14}" for name in names), flush=True)
-    results = []
-    for shape in options.shapes:
-        rows, columns = map(int, shape.split("x"))
-        for batch in options.batch:
-            x = torch.randn(batch, columns)
-            for mode in options.modes:
-                cold = options.cold_mib if mode == "cold" else 0
-                with torch.inference_mode():
-                    engines = torch_engines(rows, columns, x, cold, set(names))
-                    engines += [packed_engine(n, rows, columns, x, cold)
-                                for n in names if n in FORMS]
-                    for threads in options.threads:
-                        torch.set_num_threads(threads)
-                        times = measure(engines, options.rounds, options.seconds)
-                        results.append({"rows": rows, "columns": columns, "batch": batch,
-                                        "mode": mode, "threads": threads, "us": times})
-                        print(f"{shape:>12} {batch:>5} {threads:>3} {mode:>5}  "
-                              + " ".join(f"{times[name]:14.1f}" for name in names), flush=True)
+    if options.table:
+        print("\n\n".join(map(tables.report, results.load(options.table))))
+        return
+    if options.list:
+        print("\n".join(f"{group.name}: {len(group.engines)} engines" for group in GROUPS))
+        return
+    used = machine.limit(options.instruction_set)
+    ggml = Ggml(options.ggml, used) if options.ggml else None
+    block = {"machine": machine.describe() | {"instruction_set": used},
+             "settings": {"rounds": options.rounds, "seconds": options.seconds,
+                          "cold_mib": COLD_MIB},
+             "groups": [], "errors": {}}
+    with torch.inference_mode():
+        for group in GROUPS:
+            if _chosen(group.name, options.groups):
+                block["groups"].append(measure(group, ggml, options, block["errors"]))
+    if ggml:
+        ggml.close()
+    print(tables.report(block))
     if options.json:
-        options.json.write_text(json.dumps({"machine": about, "results": results}, indent=1))
+        results.save(options.json, block)
+
+
+def _chosen(name: str, parts: list[str] | None) -> bool:
+    return not parts or any(part in name for part in parts)
+
+
+def measure(group: Group, ggml: Ggml | None, options: argparse.Namespace,
+            errors: dict[str, float]) -> dict[str, object]:
+    """Time one group; adds the errors of products that were not checked yet to `errors`."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    torch.set_num_threads(group.threads)
+    makers = _Makers(group, ggml)
+    engines = [makers.make(name, batch) for name, batch in group.engines
+               if _chosen(name, options.engines) and (ggml or not name.startswith("ggml"))]
+    for name, weight, activation in makers.products:
+        if name not in errors:
+            errors[name] = weight.error(activation)
+    rounds = take_turns(engines, options.rounds, options.seconds)
+    rows = [{"engine": engine.name, "batch": engine.batch, "us": [round(us, 3) for us in times]}
+            for engine, times in zip(engines, rounds)]
+    for engine, row in zip(engines, rows):
+        row |= makers.notes(engine)
+    if ggml:
+        ggml.ask("drop")
+    print(f"{group.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return {"name": group.name, "rows": group.rows, "columns": group.columns, "cold": group.cold,
+            "threads": group.threads, "engines": rows}
+
+
+class _Makers:
+    """Makes the engines of a group; engines of one weight share its copies."""
+
+    def __init__(self, group: Group, ggml: Ggml | None) -> None:
+        self.group, self.ggml = group, ggml
+        self.cold_mib = COLD_MIB if group.cold else 0
+        self.products: list[tuple[str, Prepared, str]] = []
+        self._weights: dict[str, object] = {}
+
+    def make(self, name: str, batch: int) -> Engine:
+        kind, _, rest = name.partition(" ")
+        rows, columns, threads = self.group.rows, self.group.columns, self.group.threads
+        x = torch.randn(batch, columns)
+        if kind == "torch":
+            layers = self._once(name, lambda: torch_layers.make(name, rows, columns,
+                                                                self.cold_mib << 20))
+            return torch_layers.engine(name, layers, x)
+        if kind == "ggml":
+            found = self._once(name, lambda: self.ggml.ask("prepare", rows, columns, rest,
+                                                           self.cold_mib))
+            return Type(self.ggml, rest, batch, threads, [row["name"] for row in found])
+        if kind == "call":
+            return calls.engine(rest, self._prepared("binary"), x)
+        if kind == "read":
+            return self._prepared(rest).read(threads)
+        form, _, activation = rest.rpartition(" ")
+        weight = self._prepared(form)
+        if activation != "int1":  # no rounding of given activations: they are levels already
+            self.products.append((name, weight, activation))
+        return weight.product(activation, x)
+
+    def notes(self, engine: Engine) -> dict[str, object]:
+        """Return bytes of the weight and the variant that a peer used."""
+        kind, _, rest = engine.name.partition(" ")
+        if kind == "ggml":
+            sizes = {row["name"]: row["bytes"] for row in self._weights[engine.name]}
+            return {"bytes": sizes[engine.detail], "detail": f"ggml {engine.detail}"}
+        if kind == "torch":
+            size = {"torch fp32": 4, "torch bf16": 2, "torch int8": 1}[engine.name]
+            return {"bytes": size * self.group.rows * self.group.columns}
+        if kind == "call":
+            return {}
+        form = rest if kind == "read" else rest.rpartition(" ")[0]
+        return {"bytes": self._prepared(form).nbytes}
+
+    def _prepared(self, form: str) -> Prepared:
+        return self._once(f"prepared {form}", lambda: Prepared(
+            form, self.group.rows, self.group.columns, self.cold_mib << 20))
+
+    def _once(self, name: str, make):
+        if name not in self._weights:
+            self._weights[name] = make()
+        return self._weights[name]
 
 
 if __name__ == "__main__":

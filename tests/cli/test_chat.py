@@ -17,6 +17,13 @@ def test_piped_lines_without_a_template(run, zoo):
     assert result.stdout.count("\n") >= 2
 
 
+def test_the_activations_are_chosen_and_said(run, zoo):
+    result = run("chat", zoo / "packed", "--activation", "int8", "--max-new-tokens", 2, input="a\n")
+    assert result.exit_code == 0, result.output
+    assert "Activations: int8." in result.stderr
+    assert run("chat", zoo / "packed", "--activation", "w8", input="").exit_code == 2
+
+
 def test_a_template_is_used_and_history_kept(run, zoo, tmp_path, monkeypatch):
     folder = shutil.copytree(zoo / "llama", tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(folder)

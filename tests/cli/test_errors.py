@@ -56,11 +56,24 @@ def test_an_interrupted_quantization_can_go_on():
     assert describe(KeyboardInterrupt(), "quantize")[0].endswith("with --resume to go on")
 
 
-@pytest.mark.parametrize("args", [["evalate"], ["doctor", "--nonsense"], ["generate"], []])
-def test_wrong_usage(run, args):
+@pytest.mark.parametrize("args, line", [
+    (["evalate"], "No such command 'evalate' (see bitlm --help)"),
+    (["--nonsense"], "No such option: --nonsense (see bitlm --help)"),
+    (["doctor", "--nonsense"], "No such option: --nonsense (see bitlm doctor --help)"),
+    (["generate"], "Missing argument 'model' (see bitlm generate --help)"),
+    (["quantize", "x", "--planes", "two"], "Invalid value for '--planes': "),
+])
+def test_wrong_usage_is_one_line(run, args, line):
     result = run(*args)
-    assert result.exit_code == (2 if args else 0) or not args
-    assert "Usage" in result.output
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"bitlm: {line}") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["doctor", "--help"]])
+def test_help_is_shown_whole(run, args):
+    result = run(*args)
+    assert "Usage" in result.output and result.output.count("\n") > 4
+    assert result.exit_code == 0 or not args
 
 
 def test_version_and_help_are_fast():

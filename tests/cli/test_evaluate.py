@@ -31,6 +31,20 @@ def test_against_the_dense_model_goes_to_the_card_once(run, zoo, tmp_path):
     assert card.count("| perplexity | text.txt | 128 | 381 |") == 1
 
 
+def test_each_activation_mode_has_its_row(run, zoo, tmp_path):
+    packed = shutil.copytree(zoo / "packed", tmp_path / "packed")
+    for mode in (None, "int8", "int8"):
+        result = run("evaluate", packed, "--task", "perplexity", "--data", zoo / "text.txt",
+                     "--windows", 2, "--against", zoo / "llama", "--json", tmp_path / "out.json",
+                     *(("--activation", mode) if mode else ()))
+        assert result.exit_code == 0, result.output
+        assert (mode or "float") in result.stdout
+        assert json.loads((tmp_path / "out.json").read_text())["activations"] == (mode or "float")
+    card = (packed / "README.md").read_text()
+    assert [f"| 254 | {mode} |" in card for mode in ("float", "int8")] == [True, True]
+    assert card.count("| perplexity | text.txt |") == 2
+
+
 def test_a_dense_folder_gets_no_card(run, zoo):
     run("evaluate", zoo / "llama", "--data", zoo / "text.txt", "--windows", 1)
     assert not (zoo / "llama" / "README.md").exists()
@@ -72,6 +86,15 @@ def test_card_rows_are_added_and_replaced():
     assert "9.5" not in again.split("b/c.txt")[0] and again.count("| perplexity |") == 2
     assert again.count("| Task |") == 1
     assert all(line.count("|") == len(COLUMNS) + 1 for line in again.splitlines() if "|" in line)
+
+
+def test_a_table_without_a_column_gets_it():
+    card = f"{HEADING}\n\n| Task | Data | Perplexity |\n|---|---|---|\n| a | b | 7.5 |\n"
+    changed = add_measurement(card, {"Task": "a", "Data": "b", "Activations": "int8"})
+    rows = [line.split(" | ") for line in changed.splitlines() if line.startswith("| a")]
+    assert len(rows) == 2 and {len(row) for row in rows} == {len(COLUMNS)}
+    assert rows[0][COLUMNS.index("Perplexity")] == "7.5"
+    assert rows[1][COLUMNS.index("Activations")] == "int8"
 
 
 def test_card_keeps_what_stands_behind_the_table():

@@ -10,6 +10,19 @@ def test_greedy_text_to_stdout_and_speed_to_stderr(run, zoo):
     assert "tokens/s" in first.stderr
 
 
+def test_the_activations_are_chosen_and_said(run, zoo):
+    arguments = ("generate", zoo / "packed", "-p", "The", "--max-new-tokens", 2)
+    assert "activations float" in run(*arguments).stderr
+    result = run(*arguments, "--activation", "int16")
+    assert result.exit_code == 0 and "activations int16" in result.stderr
+    assert "activations" not in run("generate", zoo / "llama", *arguments[2:]).stderr
+    for model, mode, code, words in (("packed", "int3", 2, "activation is 'int3'"),
+                                     ("llama", "int8", 1, "has no packed weight")):
+        result = run("generate", zoo / model, *arguments[2:], "--activation", mode)
+        assert result.exit_code == code
+        assert words in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_sampling_follows_the_seed(run, zoo):
     texts = [run("generate", zoo / "llama", "-p", "The", "--max-new-tokens", 12, "--temperature", 2,
                  "--seed", seed).stdout for seed in (1, 1, 2)]

@@ -28,6 +28,17 @@ def test_shows_scheme_sizes_coverage_and_kernels(run, zoo):
         assert words in result.stdout
 
 
+def test_activations(run, zoo, packed):
+    assert "float (W1A16)" in run("inspect", packed).stdout
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["scheme"]["activation"] = "int8"
+    config["quantization_config"]["overrides"] = {"down_proj": {"activation": "int1"}}
+    (packed / "config.json").write_text(json.dumps(config))
+    result = run("inspect", packed)
+    assert "int8 (W1A8): 12, int1 (W1A1): 2" in result.stdout
+    assert "activation=int8" in result.stdout
+
+
 def test_figures_equal_the_report(run, zoo):
     report = json.loads((zoo / "packed" / "bitlm_report.json").read_text())
     shown = run("inspect", zoo / "packed").stdout

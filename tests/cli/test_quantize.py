@@ -13,7 +13,7 @@ from bitlm.cli.quantize import _overrides, _request
 from bitlm.scheme import PRESETS, Scheme, SchemeError, grid
 
 NOTHING = dict(preset=None, method=None, bits=None, group_size=None, planes=None, salient=None,
-               embeddings=None, skip=None, override=None, config=None)
+               embeddings=None, skip=None, override=None, config=None, activation=None)
 
 
 def scheme(**flags) -> Scheme:
@@ -29,6 +29,8 @@ def scheme(**flags) -> Scheme:
     ({"bits": 3, "group_size": "64"}, grid(3, 64)),
     ({"salient": 0.2}, Scheme(method="salient", salient=0.2)),
     ({"group_size": "row"}, Scheme(group_size="row")),
+    ({"preset": "chat", "activation": "int8"}, PRESETS["chat"].replace(activation="int8")),
+    ({"bits": 4, "activation": "int16"}, grid(4).replace(activation="int16")),
 ])
 def test_flags_make_schemes(flags, expected):
     assert scheme(**flags) == expected
@@ -38,7 +40,7 @@ def test_flags_make_schemes(flags, expected):
     ({"preset": "best"}, "unknown preset"), ({"method": "magic"}, None),
     ({"bits": 4, "planes": 2}, "--bits"), ({"planes": 9}, "planes is 9"),
     ({"group_size": "0"}, "group_size is 0"), ({"salient": 1.5}, "salient is 1.5"),
-    ({"embeddings": 9}, None),
+    ({"embeddings": 9}, None), ({"activation": "int4"}, "activation is 'int4'"),
 ])
 def test_wrong_flags_exit_2_with_one_line(flags, message, run, zoo, tmp_path):
     arguments = [part for key, value in flags.items()
@@ -78,6 +80,45 @@ def test_a_toml_file_says_the_rest(tmp_path, run, zoo):
     assert run("quantize", zoo / "llama", "--config", file).exit_code == 2
     file.write_text("not toml")
     assert run("quantize", zoo / "llama", "--config", file).exit_code == 2
+
+
+def test_activations_reach_config_report_and_card(run, zoo, tmp_path):
+    file = tmp_path / "request.toml"
+    file.write_text('[scheme]\nmethod = "ternary"\nactivation = "int16"\n'
+                    '[overrides."up_proj"]\nactivation = "uint2"\n')
+    result = run("quantize", zoo / "llama", "--config", file, "--override",
+                 "down_proj=activation:int8", "--embeddings", "8", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    # The embedding has no input; the head has the mode of its own scheme.
+    counted = "int16 (W1.58A16): 10, uint2 (W1.58A2): 2, int8 (W1.58A8): 2, float (W8A16): 1"
+    assert counted in " ".join(result.stdout.split())
+    assert counted in (tmp_path / "out" / "README.md").read_text()
+    report = json.loads((tmp_path / "out" / "bitlm_report.json").read_text())
+    modes = {layer["name"]: layer.get("activation") for layer in report["layers"]}
+    assert modes["model.layers.0.mlp.down_proj.weight"] == "int8 (W1.58A8)"
+    assert modes["model.embed_tokens.weight"] is None
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["scheme"] == {"method": "ternary", "activation": "int16"}
+    assert "activation" not in config["embeddings"]
+
+
+def test_the_activation_flag_is_for_the_whole_model_but_overrides(run, zoo, tmp_path):
+    flags = ("quantize", zoo / "llama", "--preset", "chat", "--embeddings", "8", "--dry-run",
+             "--json", tmp_path / "plan.json")
+    result = run(*flags, "--activation", "int8", "--override", "up_proj=activation:float")
+    assert result.exit_code == 0, result.output
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    modes = {e["name"]: e["scheme"].get("activation", "float") for e in plan["entries"]}
+    assert {name for name, mode in modes.items() if mode == "float"} == {
+        f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)}
+    assert modes["lm_head.weight"] == "int8"
+    result = run(*flags, "--activation", "int1")
+    assert result.exit_code == 1 and "looked up, not multiplied" in result.stderr
+
+
+def test_the_default_folder_is_named_without_the_activation():
+    asked = _request(**(NOTHING | {"preset": "chat", "activation": "int8"}))
+    assert asked["name"] == "chat"
 
 
 def test_the_dry_run_announces_what_the_run_writes(run, zoo, tmp_path):

@@ -29,6 +29,15 @@ def test_roundtrip_through_json():
         "producer", "source", "calibration", "metadata"}
 
 
+@pytest.mark.parametrize("overrides", [
+    {"down_proj": {"planes": 3}, "mlp": {"planes": 2}},
+    {"mlp": {"planes": 2}, "down_proj": {"planes": 3}}])
+def test_the_order_of_overrides_outlives_sorted_keys(overrides):
+    again = BitlmConfig.from_dict(json.loads(BitlmConfig(overrides=overrides).to_json_string()))
+    assert list(again.overrides.items()) == list(overrides.items())
+    assert again.to_json_string() == BitlmConfig(overrides=overrides).to_json_string()
+
+
 def test_embeddings_in_every_spelling():
     assert BitlmConfig(embeddings=None).request.embeddings is None
     assert BitlmConfig(embeddings=1).request.embeddings == Scheme()

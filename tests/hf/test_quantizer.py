@@ -104,6 +104,15 @@ def test_patterns_are_read_against_the_saved_names(tmp_path):
     assert not isinstance(body.layers[0].mlp.up_proj.weight, PackedWeight)
 
 
+def test_the_last_override_wins_also_when_it_is_read_again(tmp_path):
+    overrides = {"mlp": {"planes": 2}, "down_proj": {"planes": 3}}
+    model = zoo.pack(zoo.make("llama"), BitlmConfig(overrides=overrides))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert zoo.same_tensors(loaded, model) == []
+    assert "plane2.signs" in loaded.model.layers[0].mlp.down_proj.weight.form.names
+
+
 def test_a_packed_head_that_another_class_lacks(tmp_path):
     model = zoo.pack(zoo.make("llama"), BitlmConfig(embeddings=8))
     model.save_pretrained(tmp_path)

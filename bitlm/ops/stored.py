@@ -1,0 +1,193 @@
+"""The stored tensors of one packed weight and their prepared weight: which of them is in memory.
+
+Tensors that lie in a file are mapped, and the system drops their pages when it needs to. Where they
+are in anonymous memory (packed in memory, experts joined while loading) they would double the
+weight: then those that the prepared weight holds bit for bit are released once it is there, and
+brought back when somebody asks for them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import cache
+from .cache import Prepared, version
+from .cpu import unsupported
+from .form import Form
+from .restore import restorable, restore
+from .structs import TYPES
+
+# A program that asks for the tensors again and again would unpack them again and again.
+MOST_RELEASES = 2
+
+_released: weakref.WeakSet[Stored] = weakref.WeakSet()
+
+
+class Stored:
+    """slots: for each tensor of the form, in its order, the `_parameters` of a module and a key.
+
+    While tensors are away (`away`), their slots hold parameters on meta; the modules bring them
+    back before they let anybody look.
+    """
+
+    def __init__(self, form: Form, slots: Sequence[tuple[dict[str, nn.Parameter], str]]) -> None:
+        self.form, self.text, self.slots = form, form.text, slots
+        self.away = False
+        self._reason = unsupported(form, torch.float32)
+        self._lock = threading.RLock()
+        self._sources: list[tuple[dict[str, nn.Parameter], str, weakref.ref[Tensor], int]] = []
+        self._entry: weakref.ref[Prepared] | None = None
+        self._kept: Prepared | None = None  # while tensors are away nothing else keeps it
+        self._releases = 0
+
+    def blob_for(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return the prepared weight when a call with these can use it alone, else None."""
+        if x.dtype not in TYPES or not x.is_cpu or self._reason is not None or \
+                torch.is_autocast_enabled("cpu"):
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
+            return None
+        entry = self._entry and self._entry()
+        if entry is not None:
+            for parameters, name, source, at in self._sources:
+                tensor = parameters[name]
+                if tensor is not source() or at >= 0 and tensor._version != at:
+                    break
+            else:
+                return entry.blob
+        entry = self._prepare()
+        return entry and entry.blob
+
+    def borrow(self) -> list[Tensor]:
+        """Return the tensors for a moment: those that are away are brought back for the caller."""
+        with self._lock:
+            tensors = [parameters[name] for parameters, name in self.slots]
+            if not self.away:
+                return tensors
+            back = self._unpacked(tensors)
+            return [back.get(name, tensor) for name, tensor in zip(self.form.names, tensors)]
+
+    def restore(self) -> None:
+        """Bring the tensors back for good, or until the next call releases them again."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if not self.away:
+                return
+            tensors = [parameters[name] for parameters, name in self.slots]
+            back = self._unpacked(tensors)
+            for name, empty, (parameters, leaf) in zip(self.form.names, tensors, self.slots):
+                if name in back:
+                    parameters[leaf] = _like(empty, back[name])
+            entry, self._kept, self.away = self._kept, None, False
+            _released.discard(self)
+            tensors = [parameters[name] for parameters, name in self.slots]
+            entry.remember(tensors)
+            cache.put(entry, tensors)
+            self._entry = None  # the next call looks at everything again
+
+    def _unpacked(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        like = {n: t for n, t in zip(self.form.names, tensors) if t.is_meta}
+        return restore(self._kept.blob, self._kept.origins, like, torch.get_num_threads())
+
+    def _prepare(self) -> Prepared | None:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self.away:
+                entry = self._kept
+            else:
+                tensors = [parameters[name] for parameters, name in self.slots]
+                if not all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors):
+                    return None  # offloaded, or not for computing with
+                entry = cache.prepared(self.text, tensors)
+                if self._releases < MOST_RELEASES:
+                    self._release(entry, tensors)
+            self._entry = weakref.ref(entry)
+            self._sources = [(parameters, name, weakref.ref(parameters[name]),
+                              version(parameters[name])) for parameters, name in self.slots]
+            return entry
+
+    def _release(self, entry: Prepared, tensors: list[Tensor]) -> None:
+        """Release what the prepared weight gives back exactly, if nobody else can hold it."""
+        named = dict(zip(self.form.names, tensors))
+        names = restorable(entry.origins, named)
+        del named
+        slots = dict(zip(self.form.names, self.slots))
+        places = dict(zip(self.form.names, range(len(tensors))))
+        tensors_of = [tensors[places[name]] for name in names]
+        tensors.clear()
+        if not tensors_of or not _alone(tensors_of) or not _restores_on_compile():
+            return
+        back = restore(entry.blob, entry.origins, dict(zip(names, tensors_of)),
+                       torch.get_num_threads())
+        if not all(torch.equal(back[name], tensor) for name, tensor in zip(names, tensors_of)):
+            return  # bits that mean nothing, as padding that is not 0
+        for name, tensor in zip(names, tensors_of):
+            parameters, leaf = slots[name]
+            parameters[leaf] = _like(tensor, torch.empty_like(tensor, device="meta"))
+        self._kept, self.away = entry, True
+        self._releases += 1
+        _released.add(self)
+
+
+def _like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Return a parameter with other values and what has been written on the old one."""
+    fresh = nn.Parameter(values, requires_grad=False)
+    fresh.__dict__.update(parameter.__dict__)
+    return fresh
+
+
+def _alone(tensors: list[Tensor]) -> bool:
+    """Tell whether tensors are in anonymous memory of their own that nobody else can reach.
+
+    tensors: held by one dict and this list, and nothing else that the caller knows of.
+    """
+    addresses = []
+    for i in range(len(tensors)):
+        storage = tensors[i].untyped_storage()
+        # The list, the dict and the argument; torch's own counts: the object, and the storage that
+        # has just been made for Python.
+        if sys.getrefcount(tensors[i]) > 3 or tensors[i]._use_count() > 1 or \
+                torch._C._storage_Use_Count(storage._cdata) > 2 or storage.is_shared():
+            return False
+        addresses.append(storage.data_ptr())
+    return _anonymous(addresses)
+
+
+def _anonymous(addresses: list[int]) -> bool:
+    """Tell whether all addresses are in memory without a file behind; False where none can tell."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+    except OSError:
+        return False
+    found = 0
+    for line in lines:
+        place, _, _, _, inode = line.split(None, 5)[:5]
+        start, _, end = place.partition("-")
+        low, high = int(start, 16), int(end, 16)
+        inside = sum(low <= address < high for address in addresses)
+        if inside and inode != "0":
+            return False
+        found += inside
+    return found == len(addresses)
+
+
+def _restores_on_compile() -> bool:
+    """See to it that torch.compile finds all tensors in their place: it looks past the modules."""
+    try:
+        from torch._dynamo.callback import callback_handler
+    except ImportError:
+        return False
+    if _restore_all not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_restore_all)
+    return True
+
+
+def _restore_all(*_: object) -> None:
+    for stored in list(_released):
+        stored._releases = MOST_RELEASES  # a compiled graph keeps the tensors
+        stored.restore()
