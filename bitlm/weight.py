@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import ops
-from .ops.cpu import WrongOrderError, call
+from .ops.cpu import call
 from .ops.form import Form, check
 from .ops.stored import Stored
 from .ops.structs import ACTIVATIONS
@@ -198,8 +198,9 @@ class PackedWeight(TensorHolder):
             if blob is not None:
                 try:
                     return call(x, blob, self.form.rows, bias, offsets, _NUMBERS[self.activation])
-                except WrongOrderError:
-                    pass  # packed_linear prepares it again
+                except RuntimeError:
+                    if self._stored.in_order():
+                        raise
         if not x.is_floating_point():
             return ops.packed_embedding(x, self.tensors(), self._text, self._dtype)
         if torch.is_autocast_enabled(x.device.type):

@@ -30,10 +30,23 @@ const T* at(const uint8_t* base, int64_t offset) {
 
 int type_bytes(int type) { return type == BITLM_FLOAT32 ? 4 : 2; }
 
+// Calls f(ticket) on several threads. Out of memory in one of them is thrown here.
 template <class F>
 void parallel(int threads, int64_t tickets, F f) {
-  run(threads, tickets, [](void* context, int64_t ticket) { (*static_cast<F*>(context))(ticket); },
-      &f);
+  struct Context {
+    F& f;
+    std::atomic<bool> failed{false};
+  } context{f};
+  auto work = [](void* given, int64_t ticket) {
+    Context& c = *static_cast<Context*>(given);
+    try {
+      c.f(ticket);
+    } catch (const std::bad_alloc&) {
+      c.failed = true;
+    }
+  };
+  run(threads, tickets, work, &context);
+  if (context.failed) throw std::bad_alloc();
 }
 
 // The arrays of one sub-weight.
@@ -55,11 +68,21 @@ struct Sub {
         stage_lengths(at<int32_t>(base, head.stage_lengths)) {}
 };
 
+// The product of one matrix over some chunks, for any block; without `codes` it is codes_floats.
+struct Step {
+  Product product;
+  void (*codes)(const Product& p, int64_t block, float* acc);
+  int rank;
+  bool direct;  // no factor and no row scales
+  bool pairs;   // `codes` does two blocks at once
+};
+
 // Memory of the calling thread, kept from call to call.
 struct Memory {
   Scratch x, post, accumulators;
   std::vector<RoundedInput*> inputs;
   std::vector<Scratch*> stages;
+  std::vector<Step> steps;
   ~Memory() {
     for (RoundedInput* input : inputs) delete input;
     for (Scratch* stage : stages) delete stage;
@@ -142,26 +165,19 @@ struct Run {
              });
   }
 
-  // Adds one matrix's block to acc[tokens][64], over chunks [first, end).
-  void multiply(const bitlm_matrix& m, int64_t block, int first, int end, float* acc) const {
+  // The product of one matrix over chunks [first, end), ready for any block.
+  Step step_of(const bitlm_matrix& m, int first, int end) const {
     const bitlm_input& input = sub.inputs[m.input];
     const Activations& rounded = memory.input(m.input).x;
-    const bool direct = input.rank == 1 && m.factor == 1.0f;
-    alignas(64) float few[block_rows * 4];
-    static thread_local Scratch many;
-    float* out = acc;
-    int64_t rows = static_cast<int64_t>(tokens) * input.rank;
-    if (!direct) {
-      out = rows <= 4 ? few : many.floats(rows * block_rows);
-      memset(out, 0, sizeof(float) * rows * block_rows);
-    }
-    Product p = {};
+    Step step = {};
+    Product& p = step.product;
     p.matrix = &m;
     p.codes = sub.base + m.codes;
     p.scales = at<void>(sub.base, m.scales);
     p.block_bytes = block_bytes(kernel.order, m.bits, m.trits, input.shape);
     p.x = &rounded;
-    p.tokens = static_cast<int>(rows);
+    p.tokens = tokens * input.rank;
+    p.blocks = 1;
     p.first_chunk = first;
     p.end_chunk = end;
     // What comes next is the same columns of the next block.
@@ -170,27 +186,38 @@ struct Run {
       int64_t piece = p.block_bytes * (end - first) / rounded.chunks;
       p.prefetch = ceil_div(prefetch_distance, piece < 1 ? 1 : piece) * p.block_bytes;
     }
-    switch (use(m)) {
-      case Use::tables:
-        kernel.codes_tables(p, block, out);
-        break;
-      case Use::digits:
-        kernel.codes_digits(p, block, out);
-        break;
-      case Use::bits:
-        kernel.codes_bits(p, block, out);
-        break;
-      case Use::floats:
-        codes_floats(p, kernel.order, block, out);
-        break;
+    const Use used = use(m);
+    step.codes = used == Use::tables   ? kernel.codes_tables
+                 : used == Use::digits ? kernel.codes_digits
+                 : used == Use::bits   ? kernel.codes_bits
+                                       : nullptr;
+    step.rank = input.rank;
+    step.direct = input.rank == 1 && m.factor == 1.0f;
+    step.pairs = step.direct && used == Use::tables && kernel.block_pairs;
+    return step;
+  }
+
+  // Adds a block's product to acc[tokens][64].
+  void multiply(const Step& step, int64_t block, float* acc) const {
+    if (step.direct) {
+      step.codes ? step.codes(step.product, block, acc)
+                 : codes_floats(step.product, kernel.order, block, acc);
+      return;
     }
-    if (direct) return;
+    alignas(64) float few[block_rows * 4];
+    static thread_local Scratch many;
+    const int64_t rows = step.product.tokens;
+    float* out = rows <= 4 ? few : many.floats(rows * block_rows);
+    memset(out, 0, sizeof(float) * rows * block_rows);
+    step.codes ? step.codes(step.product, block, out)
+               : codes_floats(step.product, kernel.order, block, out);
+    const bitlm_matrix& m = *step.product.matrix;
     const float* scales = at<float>(sub.base, m.row_scales);
     int64_t padded = ceil_div(m.rows, block_rows) * block_rows;
     for (int t = 0; t < tokens; t++) {
       float* to = acc + t * block_rows;
-      for (int j = 0; j < input.rank; j++) {
-        const float* from = out + (static_cast<int64_t>(t) * input.rank + j) * block_rows;
+      for (int j = 0; j < step.rank; j++) {
+        const float* from = out + (static_cast<int64_t>(t) * step.rank + j) * block_rows;
         const float* s = scales ? scales + j * padded + block * block_rows : nullptr;
         for (int r = 0; r < block_rows; r++) to[r] += m.factor * (s ? s[r] * from[r] : from[r]);
       }
@@ -249,12 +276,13 @@ struct Run {
       round(m.input);
       const int count = chunks(sub.inputs[m.input].shape);
       if (use(m) == Use::tables) tables(m.input, 0, count);
+      const Step step = step_of(m, 0, count);
       parallel(threads_for(tokens * length * sub.inputs[m.input].shape.columns / 8, thread_work),
                ceil_div(length, block_rows), [&](int64_t block) {
-                 static thread_local Scratch memory;
-                 float* acc = memory.floats(tokens * block_rows);
+                 static thread_local Scratch sums;
+                 float* acc = sums.floats(tokens * block_rows);
                  memset(acc, 0, sizeof(float) * tokens * block_rows);
-                 multiply(m, block, 0, count, acc);
+                 multiply(step, block, acc);
                  int rows = static_cast<int>(length - block * block_rows);
                  if (rows > block_rows) rows = block_rows;
                  for (int t = 0; t < tokens; t++) {
@@ -287,6 +315,8 @@ struct Run {
     const int64_t blocks = ceil_div(head.rows, block_rows);
     const int use_threads = threads_for(work() * tokens, thread_work);
     const int64_t block_floats = static_cast<int64_t>(tokens) * block_rows;
+    // Two blocks a ticket where there are many: fewer hand-overs, still enough to share.
+    const int64_t ticket_blocks = blocks >= 8 * use_threads ? 2 : 1;
     // One pass keeps its sums in a thread's own memory, more passes keep those of all blocks.
     float* sums = nullptr;
     if (passes.size() > 1) {
@@ -298,26 +328,41 @@ struct Run {
       for (const Range& range : pass) {
         if (range.tables) tables(range.input, range.first, range.end);
       }
-      parallel(use_threads, blocks, [&](int64_t block) {
-        alignas(64) float few[block_rows * 4];
+      std::vector<Step>& steps = memory.steps;
+      steps.clear();
+      for (const Range& range : pass) {
+        for (int i = 0; i < head.matrices; i++) {
+          const bitlm_matrix& m = sub.matrices[i];
+          if (m.output >= 0 || m.input != range.input) continue;
+          // What does not look up takes all columns in the first pass.
+          const bool looks = use(m) == Use::tables;
+          if (looks) steps.push_back(step_of(m, range.first, range.end));
+          else if (range.first == 0) steps.push_back(step_of(m, 0, memory.input(m.input).x.chunks));
+        }
+      }
+      const int64_t tickets = ceil_div(blocks, ticket_blocks);
+      parallel(use_threads, tickets, [&](int64_t ticket) {
+        alignas(64) float few[2 * block_rows];
         static thread_local Scratch many;
-        float* acc = sums + block * block_floats;
-        if (!sums) {
-          acc = tokens <= 4 ? few : many.floats(block_floats);
-          memset(acc, 0, sizeof(float) * block_floats);
-        }
-        for (const Range& range : pass) {
-          for (int i = 0; i < head.matrices; i++) {
-            const bitlm_matrix& m = sub.matrices[i];
-            if (m.output >= 0 || m.input != range.input) continue;
-            // What does not look up takes all columns in the first pass.
-            const bool looks = use(m) == Use::tables;
-            const int all = memory.input(m.input).x.chunks;
-            if (looks) multiply(m, block, range.first, range.end, acc);
-            else if (range.first == 0) multiply(m, block, 0, all, acc);
+        const int64_t first = ticket * ticket_blocks;
+        const int count = static_cast<int>(blocks - first < ticket_blocks ? blocks - first
+                                                                          : ticket_blocks);
+        float* acc = sums       ? sums + first * block_floats
+                     : tokens == 1 ? few
+                                   : many.floats(count * block_floats);
+        if (!sums) memset(acc, 0, sizeof(float) * count * block_floats);
+        for (const Step& step : steps) {
+          if (count == 2 && step.pairs) {
+            Product both = step.product;
+            both.blocks = 2;
+            step.codes(both, first, acc);
+            continue;
           }
+          for (int i = 0; i < count; i++) multiply(step, first + i, acc + i * block_floats);
         }
-        if (last) finish(block, acc, bias, bias_type, y, y_stride, y_type);
+        for (int i = 0; last && i < count; i++) {
+          finish(first + i, acc + i * block_floats, bias, bias_type, y, y_stride, y_type);
+        }
       });
     }
   }

@@ -32,7 +32,7 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 _library.define(PREPARED_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
-cpu.register(_library)
+cpu.register(_library, PREPARED_LINEAR)
 
 
 @register_fake("bitlm::packed_linear")

@@ -7,12 +7,14 @@ the first of them, or is made anew when one of them is changed in place or is an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from . import library
+from . import library, tune
 from .form import Form, check, parse
 from .prepare import prepare
 
@@ -27,6 +29,7 @@ class Prepared:
             raise RuntimeError("; ".join(problems))
         self.form = form
         self.order = library.native().bitlm_cpu_order()
+        tune.ensure(library.instruction_set())
         self.blob, self.origins = prepare(form, tensors, self.order, torch.get_num_threads())
         self.remember(tensors)
 
@@ -60,8 +63,9 @@ def prepared(text: str, tensors: Sequence[Tensor]) -> Prepared:
     address = tensors[0].data_ptr()
     found = _known.get(address)
     if found is None or found.form is not parse(text) or not found.is_of(tensors):
-        found = Prepared(parse(text), tensors)
-        put(found, tensors)
+        with undisturbed():
+            found = Prepared(parse(text), tensors)
+            put(found, tensors)
     return found
 
 
@@ -88,3 +92,10 @@ def version(tensor: Tensor) -> int:
     """Return how often a tensor was written to; tensors of inference mode do not count."""
     return -1 if tensor.is_inference() else tensor._version
 
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Make ordinary tensors on the CPU, whatever modes and transforms the caller runs under."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(), _disable_current_modes(), \
+            torch.inference_mode(False), torch.no_grad():
+        yield

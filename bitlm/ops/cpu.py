@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from ctypes import c_int32
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import cache, reference, structs
+from . import binding, cache, reference, structs, tune
 from . import library as native
 from .form import Form, parse
+from .prepare import prepare
 from .structs import ACTIVATIONS, NO_MEMORY, OK, TYPES, WRONG_ORDER
 
 # struct bitlm_linear: six pointers, the tokens, and three types, activation, threads, 0.
@@ -44,7 +46,7 @@ def unsupported(form: Form, dtype: torch.dtype) -> str | None:
 def describe() -> dict[str, object]:
     """Return what `bitlm doctor` shows: library, instruction set and what is computed natively."""
     loaded = native.load()
-    return {
+    facts: dict[str, object] = {
         "library": str(loaded.path) if loaded.library else None,
         "reason": loaded.reason,
         "instruction_set": native.instruction_set(),
@@ -52,20 +54,54 @@ def describe() -> dict[str, object]:
         "native": "linear layers, experts and embeddings of every form",
         "reference": ["float64", "gradients", "embeddings with chains or low-rank terms"],
     }
+    if loaded.library:
+        facts |= {
+            "order": "a dword a row" if loaded.library.bitlm_cpu_order() else "a byte a row",
+            "binding": "libtorch's C interface" if _unbound is None else f"Python ({_unbound})",
+            "kernels": tune.choices(native.instruction_set()),
+        }
+    return facts
 
 
-def register(library: Library) -> None:
-    """Register the CPU implementations with the op library."""
-    library.impl("prepared_linear", prepared_linear, "CPU")
+_unbound: str | None = "there is no native library"  # why Python stands between torch and kernels
+
+
+def register(library: Library, schema: str) -> None:
+    """Register the CPU implementations with the op library. schema: of `prepared_linear`."""
+    global _unbound
+    if not native.load().reason:
+        _unbound = binding.register(schema, library, _same_as_here)
+    if _unbound is not None:
+        library.impl("prepared_linear", prepared_linear, "CPU")
     library.impl("packed_linear", packed_linear, "CPU")
     library.impl("packed_embedding", packed_embedding, "CPU")
 
 
+def _same_as_here(op: Callable[..., Tensor]) -> bool:
+    """Try an op of the schema of `prepared_linear` on a small weight, with and without options."""
+    form = Form(3, 40, ("plane0.signs", "plane0.scales"), 32)
+    signs = torch.arange(15, dtype=torch.uint8).reshape(3, 5).mul_(37)
+    scales = torch.tensor([[1.0, 2.0], [0.5, 1.5], [3.0, 0.25]], dtype=torch.float16)
+    weight, _ = prepare(form, [signs, scales], native.native().bitlm_cpu_order())
+    x = torch.linspace(-1, 1, 160).reshape(40, 2, 2).permute(2, 1, 0)  # three axes, not dense
+    bias = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for dtype, activation in ((torch.float32, 0), (torch.float32, 2), (torch.bfloat16, 0)):
+        given = x.to(dtype)
+        for own in (None, bias):
+            if not torch.equal(op(given, weight, 3, own, None, None, activation),
+                               prepared_linear(given, weight, 3, own, None, None, activation)):
+                return False
+    return True
+
+
 def call(x: Tensor, weight: Tensor, rows: int, bias: Tensor | None, offsets: Tensor | None,
          activation: int) -> Tensor:
-    """Call the op `prepared_linear`, past torch's dispatcher (3 us) where nobody listens there."""
-    if type(x) is Tensor and not _modes() and not _profiled() and _tracing() is None and \
-            _transforms() is None:
+    """Call the op `prepared_linear`, past torch's dispatcher where nobody listens there.
+
+    Only where Python stands between the dispatcher and the kernel: then both cost 3 us more.
+    """
+    if _unbound and type(x) is Tensor and not _modes() and not _profiled() and \
+            _tracing() is None and _transforms() is None:
         return prepared_linear(x, weight, rows, bias, offsets, None, activation)
     return torch.ops.bitlm.prepared_linear.default(x, weight, rows, bias, offsets, None, activation)
 
@@ -85,9 +121,8 @@ def prepared_linear(x: Tensor, weight: Tensor, rows: int, bias: Tensor | None = 
     experts, _, real_rows, columns = _Sizes.from_address(address + _SIZES_AT)
     *lead, features = x.shape
     if features != columns or rows != real_rows:
-        raise RuntimeError(f"the input has {features} features, the weight {columns}"
-                           if features != columns else
-                           f"{rows} rows are asked for, the weight has {real_rows}")
+        raise RuntimeError(f"the input has {features} features and {rows} are asked for; the "
+                           f"weight is [{real_rows}, {columns}]")
     x = x.contiguous()
     lead.append(rows)
     y = x.new_empty(lead)

@@ -16,24 +16,20 @@ every form as such a program. What is not obvious:
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import byref, sizeof
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from . import library, structs
-from .arena import Arena
-from .bits import pack_bits, pack_trits, unpack_bits, unpack_trits
+from .bits import pack_bits, unpack_bits, unpack_trits
+from .blob import Blob, padded
 from .form import Form, chains, planes, row
-from .restore import CodesOrigin, Origin, ValuesOrigin
-from .structs import BINARY, BLOCK_ROWS, DWORDS, GRID, LIST_BYTES, MAX_BITS, TERNARY, TYPES
+from .restore import Origin
+from .structs import BINARY, BLOCK_ROWS, GRID, LIST_BYTES, MAX_BITS, TERNARY, TYPES
 
 Tensors = dict[str, Tensor]
-
-_arena = Arena()
 
 
 def prepare(form: Form, tensors: Sequence[Tensor], order: int, threads: int = 1
@@ -48,7 +44,7 @@ def prepare(form: Form, tensors: Sequence[Tensor], order: int, threads: int = 1
              for name, tensor in zip(form.names, tensors, strict=True)}
     apart = form.parts if any("P" in row(name, form.names).axes for name in named) else 1
     subs = (form.experts or 1) * apart
-    blob = _Blob(sizeof(structs.Weight) + subs * sizeof(structs.Sub), order)
+    blob = Blob(sizeof(structs.Weight) + subs * sizeof(structs.Sub), order)
     heads = []
     for expert in range(form.experts or 1):
         own = {n: t[expert] for n, t in named.items()} if form.experts else named
@@ -63,96 +59,10 @@ def prepare(form: Form, tensors: Sequence[Tensor], order: int, threads: int = 1
     return blob.write(head, heads, threads), blob.origins
 
 
-class _Blob:
-    """The arrays of a prepared weight, each with its place, before there is memory for them."""
-
-    def __init__(self, head: int, order: int) -> None:
-        self.order = order
-        self.size = 0
-        self._arrays: list[tuple[int, Tensor | bytes]] = []
-        self._codes: list[tuple[int, structs.Codes, list[Tensor]]] = []
-        # Of the tensors that lie in the file as they are, by id: name and place in the whole one.
-        self.stored: dict[int, tuple[str, int]] = {}
-        self.origins: list[Origin] = []
-        self._place(head)
-
-    def array(self, values: Tensor) -> int:
-        """Return the offset at which `values` will lie; 0 when there are none."""
-        if not values.numel():
-            return 0
-        values = values.contiguous()
-        offset = self._place(values.numel() * values.element_size())
-        self._arrays.append((offset, values))
-        return offset
-
-    def structs(self, items: list) -> int:
-        """Return the offset of an array of structs; 0 when there are none."""
-        if not items:
-            return 0
-        data = b"".join(map(bytes, items))
-        offset = self._place(len(data))
-        self._arrays.append((offset, data))
-        return offset
-
-    def by_row(self, values: Tensor) -> int:
-        """Return the offset of values [N, G] as [blocks][G][64]."""
-        offset = self.array(_padded(values).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2))
-        if id(values) in self.stored:
-            self.origins.append(ValuesOrigin(*self.stored[id(values)], offset, *values.shape))
-        return offset
-
-    def codes(self, kind: int, rows: int, shape: structs.Shape, signs: Sequence[Tensor] = (),
-              mask: Tensor | None = None, trits: Tensor | None = None, base_3: bool = False
-              ) -> tuple[int, int]:
-        """Return the offset of a matrix of codes and whether it is in base 3."""
-        base_3 = base_3 and self.order == DWORDS
-        given = [*signs, *(t for t in (mask, trits) if t is not None)]
-        keep = [tensor.contiguous() for tensor in given]
-        codes = structs.Codes(shape=shape, rows=rows, order=self.order, kind=kind,
-                              bits=2 if kind == TERNARY else len(signs), trits_in_memory=base_3)
-        for i in range(len(signs)):
-            codes.signs[i] = keep[i].data_ptr()
-        if mask is not None:
-            codes.mask = keep[len(signs)].data_ptr()
-        if trits is not None:
-            codes.trits = keep[-1].data_ptr()
-        offset = self._place(library.native().bitlm_codes_bytes(byref(codes)))
-        self._codes.append((offset, codes, keep))
-        if all(id(tensor) in self.stored for tensor in given):
-            self.origins.append(CodesOrigin(
-                offset, codes, [self.stored[id(t)] for t in signs],
-                self.stored[id(mask)] if mask is not None else None,
-                self.stored[id(trits)] if trits is not None else None))
-        return offset, int(base_3)
-
-    def write(self, head: structs.Weight, subs: list[structs.Sub], threads: int) -> Tensor:
-        head.bytes = self.size
-        self._arrays.append((0, b"".join(map(bytes, (head, *subs)))))
-        memory = _arena.allocate(self.size)
-        for offset, values in self._arrays:
-            if isinstance(values, bytes):
-                ctypes.memmove(memory.data_ptr() + offset, values, len(values))
-            else:
-                memory[offset:offset + values.numel() * values.element_size()] = \
-                    values.flatten().view(torch.uint8)
-        for offset, codes, _ in self._codes:
-            status = library.native().bitlm_repack(byref(codes), memory.data_ptr() + offset,
-                                                   threads)
-            if status:
-                raise RuntimeError(f"the native library cannot repack codes (status {status}); "
-                                   "please report this")
-        return memory
-
-    def _place(self, size: int) -> int:
-        offset = self.size
-        self.size += -(-size // structs.ALIGNMENT) * structs.ALIGNMENT
-        return offset
-
-
 class _Sub:
     """One sub-weight: the terms of one part of one expert, written as the structs of bitlm.h."""
 
-    def __init__(self, blob: _Blob, form: Form, named: Tensors, rows: int) -> None:
+    def __init__(self, blob: Blob, form: Form, named: Tensors, rows: int) -> None:
         self.blob, self.form, self.named, self.rows = blob, form, named, rows
         self.inputs: list[structs.Input] = []
         self.matrices: list[structs.Matrix] = []
@@ -178,10 +88,10 @@ class _Sub:
         matrices = [*self.stage_matrices, *self.matrices]
         write = self.blob.structs
         return structs.Sub(
-            self.rows, self.form.columns, first_row, len(self.stages), len(self.inputs), len(matrices),
-            len(self.denses), len(self.projections), len(self.lists), 0, write(self.inputs),
-            write(matrices), write(self.denses), write(self.projections), write(self.lists),
-            self.blob.array(torch.tensor(self.stages, dtype=torch.int32)))
+            self.rows, self.form.columns, first_row, len(self.stages), len(self.inputs),
+            len(matrices), len(self.denses), len(self.projections), len(self.lists), 0,
+            write(self.inputs), write(matrices), write(self.denses), write(self.projections),
+            write(self.lists), self.blob.array(torch.tensor(self.stages, dtype=torch.int32)))
 
     # Inputs ---------------------------------------------------------------------------------------
 
@@ -233,7 +143,7 @@ class _Sub:
             codes=codes, kind=kind, bits=2 if kind == TERNARY else len(signs), trits=base_3,
             rows=rows, input=source, output=output, factor=factor)
         if by_rank:
-            matrix.row_scales = self.blob.array(_padded(scales.float()).T)
+            matrix.row_scales = self.blob.array(padded(scales.float()).T)
         elif scales is not None:
             matrix.scales, matrix.scale_type = self.blob.by_row(scales), TYPES[scales.dtype]
         (self.matrices if output < 0 else self.stage_matrices).append(matrix)
@@ -286,7 +196,7 @@ class _Sub:
         if grid is not None:
             if salient is not None:
                 grid = [signs & ~salient for signs in grid]
-                self.correction += _as_float(scales) * (factor * (2 ** len(grid) - 1))
+                self.correction += scales.float() * (factor * (2 ** len(grid) - 1))
             self._matrix(source, factor, scales, GRID, grid)
             return
         binary = not {"mask", "trits"} & set(own)
@@ -313,11 +223,11 @@ class _Sub:
             first = scales
         else:
             zones = zones if keep is None else zones & keep
-            first, second = _as_float(scales).chunk(2, -1)
+            first, second = scales.float().chunk(2, -1)
             self._matrix(source, factor, (first + second) / 2, BINARY, [signs])
             self._matrix(source, factor, (second - first) / 2, BINARY, [~(signs ^ zones)])
         if keep is not None:  # the sign is -1 there, the zone 0
-            self.correction += _as_float(first) * factor
+            self.correction += first.float() * factor
 
     def _ternary(self, source: int, factor: float, scales: Tensor, own: Tensors,
                  keep: Tensor | None, covered: int) -> None:
@@ -336,7 +246,7 @@ class _Sub:
             self._matrix(source, factor, by_zone, TERNARY, [signs & kept], kept,
                          base_3="trits" in own)
 
-    # Shift and salient entries ----------------------------------------------------------------------
+    # Shift and salient entries --------------------------------------------------------------------
 
     def _shift(self) -> None:
         if "shift" not in self.named:
@@ -344,14 +254,14 @@ class _Sub:
         shift, source = self.named["shift"], self._groups()
         zones = self._shift_zones()
         if zones is not None:
-            first, second = _as_float(shift).chunk(2, -1)
+            first, second = shift.float().chunk(2, -1)
             if self.salient is not None:
                 zones = zones & ~self.salient
                 self.correction -= first
             self._matrix(source, 1.0, (second - first) / 2, BINARY, [zones])
             shift = (first + second) / 2
         elif self.salient is not None:
-            self.correction -= _as_float(shift)
+            self.correction -= shift.float()
         self._sums(source, shift)
 
     def _sums(self, source: int, values: Tensor) -> None:
@@ -395,11 +305,11 @@ class _Sub:
         fixed = mask.data_ptr(), values.data_ptr(), self.rows, byref(shape), starts.data_ptr()
         entries = torch.empty(call(*fixed, None) * LIST_BYTES, dtype=torch.uint8)
         call(*fixed, entries.data_ptr())
-        scales = _as_float(self.named["salient.scales"])
+        scales = self.named["salient.scales"].float()
         zeros = scales * self.named["salient.zeros"].float()
         self.correction -= zeros.unsqueeze(-1)
         self.lists.append(structs.List(
-            self.blob.array(starts), self.blob.array(entries), self.blob.array(_padded(scales)),
+            self.blob.array(starts), self.blob.array(entries), self.blob.array(padded(scales)),
             self.blob.by_row(self.correction), source))
 
     def _salient_columns(self) -> None:
@@ -412,9 +322,9 @@ class _Sub:
         # u = (2u - 255) / 2 + 127.5
         self._matrix(source, 0.5, scales, GRID, bits)
         zeros = self.named["salient.zeros"].unsqueeze(-1).float()
-        self._sums(source, _as_float(scales) * (127.5 - zeros))
+        self._sums(source, scales.float() * (127.5 - zeros))
 
-    # Stages -----------------------------------------------------------------------------------------
+    # Stages ---------------------------------------------------------------------------------------
 
     def _chain(self, own: Tensors, number: int) -> None:
         rank = len(own["rank_scales"])
@@ -436,7 +346,7 @@ class _Sub:
         u, v = self.named["low_rank.u"], self.named["low_rank.v"]
         scales = self.named.get("input_scales")
         self.projections.append(structs.Projection(
-            self.blob.array(v), 0 if scales is None else self.blob.array(_as_float(scales)),
+            self.blob.array(v), 0 if scales is None else self.blob.array(scales.float()),
             TYPES[v.dtype], len(v), self.form.columns, len(self.stages)))
         self.denses.append(structs.Dense(self.blob.by_row(u), TYPES[u.dtype], len(v), -1,
                                          len(self.stages)))
@@ -446,13 +356,3 @@ class _Sub:
 def _regular(own: Tensors) -> bool:
     """Tell whether a plane's scales are those of the salient list's rows and groups."""
     return "columns" not in own and "scales" in own
-
-
-def _as_float(values: Tensor) -> Tensor:
-    return values.float()
-
-
-def _padded(values: Tensor) -> Tensor:
-    """Pad the rows to whole blocks of 64."""
-    missing = -len(values) % BLOCK_ROWS
-    return pad(values, (0, 0) * (values.ndim - 1) + (0, missing)) if missing else values

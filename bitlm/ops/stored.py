@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import cache
-from .cache import Prepared, version
+from . import cache, library
+from .cache import Prepared, undisturbed, version
 from .cpu import unsupported
 from .form import Form
 from .restore import restorable, restore
@@ -41,7 +41,8 @@ class Stored:
         self.away = False
         self._reason = unsupported(form, torch.float32)
         self._lock = threading.RLock()
-        self._sources: list[tuple[dict[str, nn.Parameter], str, weakref.ref[Tensor], int]] = []
+        # For each slot its tensor as it was: version and address.
+        self._sources: list[tuple[dict, str, weakref.ref[Tensor], int, int]] = []
         self._entry: weakref.ref[Prepared] | None = None
         self._kept: Prepared | None = None  # while tensors are away nothing else keeps it
         self._releases = 0
@@ -55,18 +56,29 @@ class Stored:
             return None
         entry = self._entry and self._entry()
         if entry is not None:
-            for parameters, name, source, at in self._sources:
+            for parameters, name, source, at, address in self._sources:
                 tensor = parameters[name]
-                if tensor is not source() or at >= 0 and tensor._version != at:
+                if tensor is not source() or at >= 0 and tensor._version != at or \
+                        tensor.data_ptr() != address:
                     break
             else:
                 return entry.blob
         entry = self._prepare()
         return entry and entry.blob
 
+    def in_order(self) -> bool:
+        """Tell whether the instruction set in use reads the prepared weight; if not, forget it."""
+        entry = self._kept or self._entry and self._entry()
+        if entry is None or entry.order == library.native().bitlm_cpu_order():
+            return True
+        self.restore()
+        cache.forget(entry)
+        self._entry = None
+        return False
+
     def borrow(self) -> list[Tensor]:
         """Return the tensors for a moment: those that are away are brought back for the caller."""
-        with self._lock:
+        with self._lock, undisturbed():
             tensors = [parameters[name] for parameters, name in self.slots]
             if not self.away:
                 return tensors
@@ -75,7 +87,7 @@ class Stored:
 
     def restore(self) -> None:
         """Bring the tensors back for good, or until the next call releases them again."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, undisturbed():
             if not self.away:
                 return
             tensors = [parameters[name] for parameters, name in self.slots]
@@ -95,7 +107,7 @@ class Stored:
         return restore(self._kept.blob, self._kept.origins, like, torch.get_num_threads())
 
     def _prepare(self) -> Prepared | None:
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, undisturbed():
             if self.away:
                 entry = self._kept
             else:
@@ -105,9 +117,12 @@ class Stored:
                 entry = cache.prepared(self.text, tensors)
                 if self._releases < MOST_RELEASES:
                     self._release(entry, tensors)
-            self._entry = weakref.ref(entry)
-            self._sources = [(parameters, name, weakref.ref(parameters[name]),
-                              version(parameters[name])) for parameters, name in self.slots]
+            sources = []
+            for parameters, name in self.slots:
+                tensor = parameters[name]
+                sources.append((parameters, name, weakref.ref(tensor), version(tensor),
+                                tensor.data_ptr()))
+            self._sources, self._entry = sources, weakref.ref(entry)
             return entry
 
     def _release(self, entry: Prepared, tensors: list[Tensor]) -> None:
@@ -119,7 +134,7 @@ class Stored:
         places = dict(zip(self.form.names, range(len(tensors))))
         tensors_of = [tensors[places[name]] for name in names]
         tensors.clear()
-        if not tensors_of or not _alone(tensors_of) or not _restores_on_compile():
+        if not tensors_of or not _alone(tensors_of):
             return
         back = restore(entry.blob, entry.origins, dict(zip(names, tensors_of)),
                        torch.get_num_threads())
@@ -128,6 +143,7 @@ class Stored:
         for name, tensor in zip(names, tensors_of):
             parameters, leaf = slots[name]
             parameters[leaf] = _like(tensor, torch.empty_like(tensor, device="meta"))
+        _restore_on_compile()
         self._kept, self.away = entry, True
         self._releases += 1
         _released.add(self)
@@ -148,9 +164,10 @@ def _alone(tensors: list[Tensor]) -> bool:
     addresses = []
     for i in range(len(tensors)):
         storage = tensors[i].untyped_storage()
-        # The list, the dict and the argument; torch's own counts: the object, and the storage that
-        # has just been made for Python.
-        if sys.getrefcount(tensors[i]) > 3 or tensors[i]._use_count() > 1 or \
+        # Python's references: list, dict and argument; torch, name and argument. Torch's: one of
+        # the tensor, and of the storage another one for Python.
+        if sys.getrefcount(tensors[i]) > 3 or sys.getrefcount(storage) > 3 or \
+                tensors[i]._use_count() > 1 or \
                 torch._C._storage_Use_Count(storage._cdata) > 2 or storage.is_shared():
             return False
         addresses.append(storage.data_ptr())
@@ -176,15 +193,15 @@ def _anonymous(addresses: list[int]) -> bool:
     return found == len(addresses)
 
 
-def _restores_on_compile() -> bool:
-    """See to it that torch.compile finds all tensors in their place: it looks past the modules."""
-    try:
-        from torch._dynamo.callback import callback_handler
-    except ImportError:
-        return False
-    if _restore_all not in callback_handler.start_callbacks:
-        callback_handler.register_start_callback(_restore_all)
-    return True
+def _restore_on_compile() -> None:
+    """Have torch.compile find all tensors in their place.
+
+    It asks a module that it meets for its parameters, which brings them back; that is not promised
+    anywhere, so they also come back before. Importing it takes a second: not before it is used.
+    """
+    dynamo = sys.modules.get("torch._dynamo.callback")
+    if dynamo is not None and _restore_all not in dynamo.callback_handler.start_callbacks:
+        dynamo.callback_handler.register_start_callback(_restore_all)
 
 
 def _restore_all(*_: object) -> None:

@@ -53,8 +53,8 @@ class List(Structure):
 
 
 class Sub(Structure):
-    _fields_ = [*_fields("rows columns row stages inputs matrices denses projections lists reserved",
-                         c_int32),
+    _fields_ = [*_fields("rows columns row stages", c_int32),
+                *_fields("inputs matrices denses projections lists reserved", c_int32),
                 *_fields("input matrix dense projection list stage_lengths", c_int64)]
 
 

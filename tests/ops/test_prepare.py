@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bitlm.ops import library, reference
+from bitlm.ops.form import Form
 from bitlm.ops.prepare import prepare
 from bitlm.ops.restore import restorable, restore
 from bitlm.ops.structs import BYTES, DWORDS
@@ -152,3 +153,26 @@ def test_a_salient_list_that_is_too_short_is_refused():
     named["salient.values"] = named["salient.values"][:, :-1]
     with pytest.raises(ValueError, match=r"salient.mask marks \d+ entries, salient.values has"):
         prepare(form, list(named.values()), BYTES)
+
+
+@both_orders
+@pytest.mark.parametrize("named", [
+    {"plane0.signs": torch.zeros(4, 2, dtype=torch.uint8), "plane0.row_scales": torch.zeros(4, 0),
+     "plane0.column_scales": torch.zeros(1, 0, 16)},
+    {"plane0.signs": torch.zeros(4, 2, dtype=torch.uint8), "plane0.scales": torch.ones(4, 2),
+     "salient.columns": torch.zeros(1, 0, dtype=torch.int32),
+     "salient.values": torch.zeros(4, 0, dtype=torch.uint8), "salient.scales": torch.ones(4),
+     "salient.zeros": torch.ones(4, dtype=torch.uint8)},
+    {"plane0.signs": torch.zeros(4, 0, dtype=torch.uint8), "plane0.scales": torch.zeros(4, 0),
+     "plane0.columns": torch.zeros(1, 0, dtype=torch.int32)},
+    {"low_rank.u": torch.zeros(4, 0), "low_rank.v": torch.zeros(1, 0, 16)},
+], ids=["rank 0", "no salient column", "no covered column", "no low rank"])
+def test_terms_of_nothing(named, order):
+    check(Form(4, 16, tuple(named), 8), named, order)
+
+
+def test_a_weight_without_rows():
+    named = {"plane0.signs": torch.zeros(0, 2, dtype=torch.uint8),
+             "plane0.scales": torch.ones(0, 2)}
+    made, _ = prepare(Form(0, 16, tuple(named), 8), list(named.values()), BYTES)
+    assert blob.dense(made).shape == (0, 16)

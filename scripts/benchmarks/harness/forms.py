@@ -20,8 +20,8 @@ Named = dict[str, Tensor]
 
 def random_form(name: str, rows: int, columns: int) -> tuple[Form, list[Tensor]]:
     """Return a form and its tensors. `name` is a key of FORMS, " g128" behind it for groups."""
-    kind, _, group = name.partition(" g")
-    size = int(group) if group else columns
+    kind = name.removesuffix(f" g{GROUP}")
+    size = GROUP if kind != name else columns
     named, ratio = FORMS[kind](rows, columns, ceil(columns / size))
     return Form(rows, columns, tuple(named), size, ratio), list(named.values())
 

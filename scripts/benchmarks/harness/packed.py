@@ -14,6 +14,7 @@ from bitlm.ops import library
 from bitlm.ops.arena import Arena
 from bitlm.ops.form import Form
 from bitlm.ops.prepare import prepare
+from bitlm.ops.structs import ACTIVATIONS
 
 from .forms import random_form
 from .timing import Calls
@@ -27,7 +28,7 @@ class Prepared:
     def __init__(self, name: str, rows: int, columns: int, cold_bytes: int) -> None:
         self.name = name
         self.form, self.tensors = random_form(name, rows, columns)
-        first = prepare(self.form, self.tensors)
+        first, _ = prepare(self.form, self.tensors, library.native().bitlm_cpu_order())
         arena = Arena()
         self.copies = [first]
         for _ in range(ceil(cold_bytes / first.nbytes) - 1):
@@ -60,4 +61,4 @@ class Prepared:
 def linear(form: Form, prepared: Tensor, x: Tensor, activation: str) -> partial[Tensor]:
     """Return the call that a packed layer makes."""
     return partial(torch.ops.bitlm.prepared_linear.default, x, prepared, form.rows, None, None,
-                   None, activation)
+                   None, ACTIVATIONS.index(activation))
