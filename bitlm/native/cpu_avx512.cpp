@@ -417,24 +417,23 @@ void look_up_one(const Product& p, int64_t block, float* acc) {
 
 constexpr int panel_words = 16;
 
-// Several tokens: the indices of a few words are made once, then all tokens look up by them. T tiles
-// share the loads of a table, C tokens those of an index; together they fill the registers.
-template <int S, int T, int C>
+// Several tokens: the indices of a few words are made once, then all tokens look up by them.
+// C tokens at a time share the loads of the indices.
+template <int S, int C>
 INLINE void look_up_tokens(const Product& p, const Piece& piece, const uint8_t* index,
                            const uint8_t* table, const float* scales, int first, float* acc) {
   const Activations& x = *p.x;
-  // In memory: the registers are needed for the byte sums.
-  alignas(64) __m512i total[C][T];
-  unroll<C * T>([&](auto i) INLINED {
-    total[i / T][i % T] = _mm512_set1_epi32(-offset<S>(piece.words));
+  __m512i total[C][tiles];
+  unroll<C * tiles>([&](auto i) INLINED {
+    total[i / tiles][i % tiles] = _mm512_set1_epi32(-offset<S>(piece.words));
   });
   for (int word = 0; word < piece.words; word += chunk_words) {
     int halves = 2 * (piece.words - word < chunk_words ? piece.words - word : chunk_words);
-    __m512i sums[C][T][S];
-    unroll<C * T * S>([&](auto i) INLINED {
-      sums[i / (T * S)][i / S % T][i % S] = _mm512_setzero_si512();
+    __m512i sums[C][tiles][S];
+    unroll<C * tiles * S>([&](auto i) INLINED {
+      sums[i / (tiles * S)][i / S % tiles][i % S] = _mm512_setzero_si512();
     });
-    const uint8_t* from = index + 128 * T * word;
+    const uint8_t* from = index + 512 * word;
     const uint8_t* t = table + 128 * S * word;
     auto step = [&](int half) INLINED {
       __m512i entry[C][S];
@@ -443,8 +442,8 @@ INLINE void look_up_tokens(const Product& p, const Piece& piece, const uint8_t* 
             _mm512_load_si512(t + (i / S) * x.table_stride + 64 * (half * S + i % S));
         KEEP(entry[i / S][i % S]);
       });
-      unroll<T>([&](auto r) INLINED {
-        __m512i i = _mm512_load_si512(from + 64 * T * half + 64 * r);
+      unroll<tiles>([&](auto r) INLINED {
+        __m512i i = _mm512_load_si512(from + 256 * half + 64 * r);
         KEEP(i);
         unroll<C * S>([&](auto cs) INLINED {
           constexpr int c = cs / S, s = cs % S;
@@ -458,83 +457,65 @@ INLINE void look_up_tokens(const Product& p, const Piece& piece, const uint8_t* 
     } else {
       for (int half = 0; half < halves; half++) step(half);
     }
-    unroll<C * T>([&](auto i) INLINED {
-      total[i / T][i % T] = widen<S>(total[i / T][i % T], sums[i / T][i % T]);
+    unroll<C * tiles>([&](auto i) INLINED {
+      total[i / tiles][i % tiles] = widen<S>(total[i / tiles][i % tiles], sums[i / tiles][i % tiles]);
     });
   }
   unroll<C>([&](auto c) INLINED {
     __m512 xs = x_scale(x, first + c, piece.first_chunk);
-    unroll<T>([&](auto r) INLINED {
-      float* to = acc + (r / tiles * p.tokens + c) * block_rows + 16 * (r % tiles);
-      add_scaled(to, total[c][r], _mm512_mul_ps(xs, _mm512_load_ps(scales + 16 * r)));
+    unroll<tiles>([&](auto r) INLINED {
+      add_scaled(acc + c * block_rows + 16 * r, total[c][r],
+                 _mm512_mul_ps(xs, _mm512_load_ps(scales + 16 * r)));
     });
   });
 }
 
-template <int S, int B, int C>
+template <int S, int C>
 void look_up_many(const Product& p, int64_t block, float* acc) {
-  constexpr int T = tiles * B;
   const Activations& x = *p.x;
   const uint8_t* codes = p.codes + block * p.block_bytes;
   const uint8_t* tables = x.tables + p.first_token * x.table_stride;
   tables -= bitlm::first_word(*x.shape, x.table_first_chunk) * 128 * S;
   const int most = x.activation == BITLM_FLOAT ? 1 : panel_words / chunk_words;
-  alignas(64) uint8_t index[panel_words * 128 * T];
-  alignas(64) float scales[16 * T];
+  alignas(64) uint8_t index[panel_words * 512];
+  alignas(64) float scales[block_rows];
   pieces(*x.shape, p.first_chunk, p.end_chunk, most, [&](Piece piece) INLINED {
-    unroll<B>([&](auto b) INLINED {
-      const uint8_t* from = codes + b * p.block_bytes + static_cast<int64_t>(piece.first_word) * 256;
-      uint8_t* to = index + 256 * b;
-      for (int word = 0; word < piece.words; word++, from += 256, to += 128 * T) {
-        unroll<tiles>([&](auto r) INLINED {
-          PREFETCH(from + 64 * r, p.prefetch);
-          __m512i v = _mm512_load_si512(from + 64 * r);
-          _mm512_store_si512(to + 64 * r, index_0(v));
-          _mm512_store_si512(to + 64 * T + 64 * r, index_1(v));
-        });
-      }
+    const uint8_t* from = codes + static_cast<int64_t>(piece.first_word) * 256;
+    for (int word = 0; word < piece.words; word++) {
       unroll<tiles>([&](auto r) INLINED {
-        _mm512_store_ps(scales + block_rows * b + 16 * r, scale_of(p, block + b, piece.group, r));
+        PREFETCH(from + 256 * word + 64 * r, p.prefetch);
+        __m512i v = _mm512_load_si512(from + 256 * word + 64 * r);
+        _mm512_store_si512(index + 512 * word + 64 * r, index_0(v));
+        _mm512_store_si512(index + 512 * word + 256 + 64 * r, index_1(v));
       });
+    }
+    unroll<tiles>([&](auto r) INLINED {
+      _mm512_store_ps(scales + 16 * r, scale_of(p, block, piece.group, r));
     });
     const uint8_t* table = tables + static_cast<int64_t>(piece.first_word) * 128 * S;
     int token = 0;
     for (; token + C <= p.tokens; token += C) {
-      look_up_tokens<S, T, C>(p, piece, index, table + token * x.table_stride, scales,
-                              p.first_token + token, acc + token * block_rows);
+      look_up_tokens<S, C>(p, piece, index, table + token * x.table_stride, scales,
+                           p.first_token + token, acc + token * block_rows);
     }
-    for (; C > 1 && token < p.tokens; token++) {
-      look_up_tokens<S, T, 1>(p, piece, index, table + token * x.table_stride, scales,
-                              p.first_token + token, acc + token * block_rows);
+    for (; token < p.tokens; token++) {
+      look_up_tokens<S, 1>(p, piece, index, table + token * x.table_stride, scales,
+                           p.first_token + token, acc + token * block_rows);
     }
   });
 }
 
-template <int S, int C>
-void look_up(const Product& p, int64_t block, float* acc) {
-  if (p.tokens == 1) {
-    look_up_one<S>(p, block, acc);
-    if (p.blocks == 2) look_up_one<S>(p, block + 1, acc + block_rows);
-  } else if (p.blocks != 2) {
-    look_up_many<S, 1, C>(p, block, acc);
-  } else if (S <= 2) {
-    look_up_many<S, S <= 2 ? 2 : 1, 1>(p, block, acc);
-  } else {
-    look_up_many<S, 1, C>(p, block, acc);
-    look_up_many<S, 1, C>(p, block + 1, acc + p.tokens * block_rows);
-  }
-}
-
 void codes_tables(const Product& p, int64_t block, float* acc) {
+  const bool one = p.tokens == 1;
   switch (p.x->slices) {
     case 1:
-      return look_up<1, 2>(p, block, acc);
+      return one ? look_up_one<1>(p, block, acc) : look_up_many<1, 2>(p, block, acc);
     case 2:
-      return look_up<2, 2>(p, block, acc);
+      return one ? look_up_one<2>(p, block, acc) : look_up_many<2, 2>(p, block, acc);
     case 4:
-      return look_up<4, 1>(p, block, acc);
+      return one ? look_up_one<4>(p, block, acc) : look_up_many<4, 1>(p, block, acc);
     default:
-      return look_up<5, 1>(p, block, acc);
+      return one ? look_up_one<5>(p, block, acc) : look_up_many<5, 1>(p, block, acc);
   }
 }
 
@@ -1044,7 +1025,7 @@ namespace bitlm {
 
 extern const Kernel avx512_kernel = {
     "avx512",   BITLM_DWORDS, load,       largest, round, tables, can_tables, can_digits,
-    codes_tables, codes_digits, codes_bits, list,    dense, dot,    store,  true,
+    codes_tables, codes_digits, codes_bits, list,    dense, dot,    store,
 };
 
 }  // namespace bitlm

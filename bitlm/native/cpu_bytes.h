@@ -37,17 +37,36 @@ struct Run {
   bool last;  // of its group
 };
 
-// The run that begins at `chunk`, of at most `most` chunks.
-inline Run run_at(const bitlm_shape& s, int chunk, int end, int most) {
-  int per_group = bitlm::group_chunks(s, 0), group = chunk / per_group;
-  int inside = chunk - group * per_group, left = bitlm::group_words(s, group) - inside * chunk_words;
-  int chunks = static_cast<int>(smaller(smaller(most, end - chunk), (left + 3) / chunk_words));
-  int words = static_cast<int>(smaller(chunks * chunk_words, left));
-  int word = group * bitlm::full_group_words(s) + inside * chunk_words;
-  return {group, chunk, chunks, word, words, words == left};
-}
+// Goes over the runs from a chunk on: one division at the start, none for each run.
+class Walk {
+ public:
+  Walk(const bitlm_shape& s, int chunk)
+      : shape_(s), chunk_(chunk), full_words_(bitlm::full_group_words(s)),
+        group_(bitlm::group_of_chunk(s, chunk)) {
+    inside_ = (chunk - group_ * bitlm::group_chunks(s, 0)) * chunk_words;
+    words_ = bitlm::group_words(s, group_);
+  }
 
-inline int first_word(const bitlm_shape& s, int chunk) { return run_at(s, chunk, chunk + 1, 1).word; }
+  // The next run, of at most `most` chunks and not past chunk `end`.
+  Run next(int end, int most) {
+    int left = words_ - inside_;
+    int chunks = static_cast<int>(smaller(smaller(most, end - chunk_), (left + 3) / chunk_words));
+    int words = static_cast<int>(smaller(chunks * chunk_words, left));
+    Run run = {group_, chunk_, chunks, group_ * full_words_ + inside_, words, words == left};
+    chunk_ += chunks;
+    inside_ += words;
+    if (run.last && group_ + 1 < shape_.groups) {
+      group_++;
+      inside_ = 0;
+      words_ = group_ + 1 < shape_.groups ? full_words_ : bitlm::group_words(shape_, group_);
+    }
+    return run;
+  }
+
+ private:
+  const bitlm_shape& shape_;
+  int chunk_, full_words_, group_, inside_, words_;
+};
 
 // Planes of a matrix: those of ternary codes weigh the same and share their sums (one pass with two
 // planes), those of a grid are passes of their own, each of twice the weight of the one before.
@@ -247,7 +266,7 @@ BITLM_INLINE void add_run(Totals<V, slices>& totals, const Planes& planes, const
 
 // Tables of token `token` as if they began with word 0.
 BITLM_INLINE const uint8_t* tables_of(const Activations& x, int64_t token, int slices) {
-  int64_t skipped = first_word(*x.shape, x.table_first_chunk);
+  int64_t skipped = bitlm::first_word(*x.shape, x.table_first_chunk);
   return x.tables + token * x.table_stride - skipped * 128 * slices;
 }
 
@@ -264,8 +283,9 @@ void one_token(const Product& p, int64_t block, float* acc) {
   int group = -1, most = run_chunks(slices, planes), pending = 0;
   int shift = planes.each - 1;
   bool alone = slices == 5 || (slices == 4 && planes.passes > 1);
+  Walk walk(shape, p.first_chunk);
   for (int chunk = p.first_chunk; chunk < p.end_chunk;) {
-    Run run = run_at(shape, chunk, p.end_chunk, most);
+    Run run = walk.next(p.end_chunk, most);
     chunk += run.chunks;
     if (run.group != group) load_scales<V>(p, block, run.group, planes.weight, scale);
     group = run.group;
@@ -307,62 +327,106 @@ BITLM_INLINE void expand_word(const uint8_t* codes, int64_t step, int64_t ahead,
   });
 }
 
-template <class V, int slices>
-BITLM_INLINE void add_panel_word(const uint8_t* panel, const uint8_t* table,
-                                 Sums<V, slices>& sums) {
-  typename V::Bytes sum[2][slices];
+// One word of T tokens: they share the loads of the indices.
+template <class V, int slices, int T>
+BITLM_INLINE void add_panel_word(const uint8_t* panel, const uint8_t* const (&table)[T],
+                                 int64_t at, Sums<V, slices>* sums) {
+  typename V::Bytes sum[T][2][slices];
   repeat<word_look_ups>([&](auto i) BITLM_INLINE_LAMBDA {
     typename V::Bytes index[2] = {V::load_bytes(panel + i * 64), V::load_bytes(panel + i * 64 + 32)};
     V::keep(index[0]);
     V::keep(index[1]);
-    look_up<V, slices, i == 0>(table + i * 16 * slices, index, sum);
+    repeat<T>([&](auto t) BITLM_INLINE_LAMBDA {
+      look_up<V, slices, i == 0>(table[t] + at + i * 16 * slices, index, sum[t]);
+    });
   });
-  sums.widen(sum);
+  repeat<T>([&](auto t) BITLM_INLINE_LAMBDA { sums[t].widen(sum[t]); });
+}
+
+// Indices of a few runs of a block, and the scales of their groups.
+struct Panel {
+  Run runs[most_panel_chunks];
+  int count, start;  // the first word
+  alignas(64) float scale[most_panel_chunks][block_rows];
+  alignas(64) uint8_t index[most_panel_bytes];
+};
+
+// Adds a panel's products with tokens [token, token + T). T > 1 only where there is one pass.
+template <class V, int slices, int T>
+BITLM_INLINE void panel_tokens(const Product& p, const Planes& planes, const Panel& panel,
+                               const uint8_t* tables, const float* x_scales, int token,
+                               float* acc) {
+  const int bits = p.matrix->bits, shift = planes.each - 1;
+  const bool alone = slices == 5 || (slices == 4 && planes.passes > 1);
+  const uint8_t* table[T];
+  const float* x_scale[T];
+  for (int t = 0; t < T; t++) {
+    table[t] = tables + (token + t) * p.x->table_stride;
+    x_scale[t] = x_scales + static_cast<int64_t>(token + t) * p.x->chunks;
+  }
+  Totals<V, slices> totals[T];
+  bool begin = true;
+  for (int i = 0; i < panel.count; i++) {
+    const Run& run = panel.runs[i];
+    const uint8_t* from = panel.index + (run.word - panel.start) * bits * panel_word_bytes;
+    const int64_t at = static_cast<int64_t>(run.word) * 128 * slices;
+    const bool finish = alone || i + 1 == panel.count || run.last;
+    auto add_word = [&](int pass, int i, Sums<V, slices>* sums) BITLM_INLINE_LAMBDA {
+      int word = i >> shift, plane = pass + i - (word << shift);
+      add_panel_word<V, slices, T>(from + (word * bits + plane) * panel_word_bytes, table,
+                                   at + word * 128 * slices, sums);
+    };
+    if constexpr (T == 1) {
+      add_run(totals[0], planes, run, begin, finish, panel.scale[i], x_scale[0][run.chunk],
+              [&](int pass, int i, Sums<V, slices>& sums) BITLM_INLINE_LAMBDA {
+                add_word(pass, i, &sums);
+              });
+    } else {
+      const int look_ups = run.words * word_look_ups * planes.each;
+      Sums<V, slices> sums[2] = {Sums<V, slices>(look_ups), Sums<V, slices>(look_ups)};
+      for (int i = 0; i < run.words * planes.each; i++) add_word(0, i, sums);
+      for (int t = 0; t < T; t++) {
+        totals[t].add(sums[t], look_ups, begin, finish, panel.scale[i], x_scale[t][run.chunk]);
+      }
+    }
+    begin = finish;
+  }
+  for (int t = 0; t < T; t++) {
+    totals[t].add_to(acc + static_cast<int64_t>(token + t) * block_rows,
+                     x_scale[t][panel.runs[0].chunk]);
+  }
 }
 
 template <class V, int slices>
 void many_tokens(const Product& p, int64_t block, float* acc) {
   const bitlm_shape& shape = *p.x->shape;
   const Planes planes(*p.matrix);
-  int bits = p.matrix->bits, most = run_chunks(slices, planes);
+  const int bits = p.matrix->bits, most = run_chunks(slices, planes);
+  const bool pairs = slices <= 2 && planes.passes == 1;
   const uint8_t* codes = p.codes + block * p.block_bytes;
   const uint8_t* tables = tables_of(*p.x, p.first_token, slices);
   const float* x_scales = p.x->scales + static_cast<int64_t>(p.first_token) * p.x->chunks;
-  alignas(64) uint8_t panel[most_panel_bytes];
-  alignas(64) float scale[most_panel_chunks][block_rows];
-  int shift = planes.each - 1;
-  bool alone = slices == 5 || (slices == 4 && planes.passes > 1);
+  Panel panel;
+  Walk walk(shape, p.first_chunk);
   for (int chunk = p.first_chunk; chunk < p.end_chunk;) {
-    Run runs[most_panel_chunks];
-    int count = 0, end = static_cast<int>(smaller(chunk + panel_chunks(bits), p.end_chunk));
-    for (; chunk < end; chunk += runs[count++].chunks) {
-      runs[count] = run_at(shape, chunk, end, most);
-      load_scales<V>(p, block, runs[count].group, planes.weight, scale[count]);
+    int end = static_cast<int>(smaller(chunk + panel_chunks(bits), p.end_chunk));
+    for (panel.count = 0; chunk < end; chunk += panel.runs[panel.count++].chunks) {
+      Run& run = panel.runs[panel.count];
+      run = walk.next(end, most);
+      load_scales<V>(p, block, run.group, planes.weight, panel.scale[panel.count]);
     }
-    int start = runs[0].word, words = runs[count - 1].word + runs[count - 1].words - start;
-    for (int i = 0; i < words * bits; i++) {
-      const uint8_t* from = codes + (start + i / bits) * 256 * bits + i % bits * 64;
-      expand_word<V>(from, 64 * bits, p.prefetch, panel + i * panel_word_bytes);
+    const Run& last = panel.runs[panel.count - 1];
+    panel.start = panel.runs[0].word;
+    for (int i = 0; i < (last.word + last.words - panel.start) * bits; i++) {
+      const uint8_t* from = codes + (panel.start + i / bits) * 256 * bits + i % bits * 64;
+      expand_word<V>(from, 64 * bits, p.prefetch, panel.index + i * panel_word_bytes);
     }
-    for (int token = 0; token < p.tokens; token++) {
-      const uint8_t* table = tables + token * p.x->table_stride;
-      const float* x_scale = x_scales + static_cast<int64_t>(token) * p.x->chunks;
-      Totals<V, slices> totals;
-      bool begin = true;
-      for (int i = 0; i < count; i++) {
-        const Run& run = runs[i];
-        const uint8_t* from = panel + (run.word - start) * bits * panel_word_bytes;
-        const uint8_t* at = table + static_cast<int64_t>(run.word) * 128 * slices;
-        bool finish = alone || i + 1 == count || run.last;
-        add_run(totals, planes, run, begin, finish, scale[i], x_scale[run.chunk],
-                [&](int pass, int i, Sums<V, slices>& sums) BITLM_INLINE_LAMBDA {
-                  int word = i >> shift, plane = pass + i - (word << shift);
-                  add_panel_word<V, slices>(from + (word * bits + plane) * panel_word_bytes,
-                                            at + word * 128 * slices, sums);
-                });
-        begin = finish;
-      }
-      totals.add_to(acc + static_cast<int64_t>(token) * block_rows, x_scale[runs[0].chunk]);
+    int token = 0;
+    for (; pairs && token + 2 <= p.tokens; token += 2) {
+      panel_tokens<V, slices, slices <= 2 ? 2 : 1>(p, planes, panel, tables, x_scales, token, acc);
+    }
+    for (; token < p.tokens; token++) {
+      panel_tokens<V, slices, 1>(p, planes, panel, tables, x_scales, token, acc);
     }
   }
 }
@@ -458,7 +522,9 @@ template <class V>
 void list(const ListProduct& p, int64_t block, float* acc) {
   const Activations& x = *p.x;
   const float* scale = p.scales + block * block_rows;
+  Walk walk(*x.shape, 0);
   for (int chunk = 0; chunk < x.chunks; chunk++) {
+    const Run run = walk.next(x.chunks, 1);
     const uint8_t* entries[4];
     uint32_t units[4], all = 0;
     for (int tile = 0; tile < 4; tile++) {
@@ -468,7 +534,6 @@ void list(const ListProduct& p, int64_t block, float* acc) {
       all += units[tile];
     }
     if (all == 0) continue;
-    Run run = run_at(*x.shape, chunk, chunk + 1, 1);
     const float* correction = p.correction + (block * x.shape->groups + run.group) * block_rows;
     for (int token = 0; token < p.tokens; token++) {
       int64_t at = p.first_token + token;

@@ -74,7 +74,6 @@ struct Step {
   void (*codes)(const Product& p, int64_t block, float* acc);
   int rank;
   bool direct;  // no factor and no row scales
-  bool pairs;   // `codes` does two blocks at once
 };
 
 // Memory of the calling thread, kept from call to call.
@@ -177,7 +176,6 @@ struct Run {
     p.block_bytes = block_bytes(kernel.order, m.bits, m.trits, input.shape);
     p.x = &rounded;
     p.tokens = tokens * input.rank;
-    p.blocks = 1;
     p.first_chunk = first;
     p.end_chunk = end;
     // What comes next is the same columns of the next block.
@@ -193,7 +191,6 @@ struct Run {
                                        : nullptr;
     step.rank = input.rank;
     step.direct = input.rank == 1 && m.factor == 1.0f;
-    step.pairs = step.direct && used == Use::tables && kernel.block_pairs;
     return step;
   }
 
@@ -316,7 +313,7 @@ struct Run {
     const int use_threads = threads_for(work() * tokens, thread_work);
     const int64_t block_floats = static_cast<int64_t>(tokens) * block_rows;
     // Two blocks a ticket where there are many: fewer hand-overs, still enough to share.
-    const int64_t ticket_blocks = blocks >= 8 * use_threads ? 2 : 1;
+    const int64_t ticket_blocks = blocks >= 16 * use_threads ? 2 : 1;
     // One pass keeps its sums in a thread's own memory, more passes keep those of all blocks.
     float* sums = nullptr;
     if (passes.size() > 1) {
@@ -342,26 +339,15 @@ struct Run {
       }
       const int64_t tickets = ceil_div(blocks, ticket_blocks);
       parallel(use_threads, tickets, [&](int64_t ticket) {
-        alignas(64) float few[2 * block_rows];
+        alignas(64) float few[block_rows * 4];
         static thread_local Scratch many;
-        const int64_t first = ticket * ticket_blocks;
-        const int count = static_cast<int>(blocks - first < ticket_blocks ? blocks - first
-                                                                          : ticket_blocks);
-        float* acc = sums       ? sums + first * block_floats
-                     : tokens == 1 ? few
-                                   : many.floats(count * block_floats);
-        if (!sums) memset(acc, 0, sizeof(float) * count * block_floats);
-        for (const Step& step : steps) {
-          if (count == 2 && step.pairs) {
-            Product both = step.product;
-            both.blocks = 2;
-            step.codes(both, first, acc);
-            continue;
-          }
-          for (int i = 0; i < count; i++) multiply(step, first + i, acc + i * block_floats);
-        }
-        for (int i = 0; last && i < count; i++) {
-          finish(first + i, acc + i * block_floats, bias, bias_type, y, y_stride, y_type);
+        float* own = tokens <= 4 ? few : many.floats(block_floats);
+        int64_t end = (ticket + 1) * ticket_blocks < blocks ? (ticket + 1) * ticket_blocks : blocks;
+        for (int64_t block = ticket * ticket_blocks; block < end; block++) {
+          float* acc = sums ? sums + block * block_floats : own;
+          if (!sums) memset(acc, 0, sizeof(float) * block_floats);
+          for (const Step& step : steps) multiply(step, block, acc);
+          if (last) finish(block, acc, bias, bias_type, y, y_stride, y_type);
         }
       });
     }

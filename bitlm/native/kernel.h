@@ -44,7 +44,6 @@ struct Product {
   const Activations* x;
   int first_token, tokens;
   int first_chunk, end_chunk;
-  int blocks;        // 1, or 2 (only codes_tables, see Kernel): acc[blocks][tokens][64]
   int64_t prefetch;  // how far ahead in memory lies what is read 16 KiB or so later
 };
 
@@ -86,8 +85,6 @@ struct Kernel {
   // y[0..rows) = acc * post + bias.
   void (*store)(const float* acc, float post, const void* bias, int bias_type, int rows, void* y,
                 int y_type);
-  // Whether codes_tables does two blocks in a call: they share the loads of the tables.
-  bool block_pairs;
 };
 
 extern const Kernel scalar_kernel;  // NEON on ARM
