@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from . import ops
-from .ops.cpu import call
+from .ops.cpu import call, takes
 from .ops.form import Form, check
 from .ops.stored import Stored
 from .ops.structs import ACTIVATIONS
@@ -52,7 +52,14 @@ class TensorHolder(nn.Module):
         """Return what copies and pickles get: the tensors, and nothing that was made of them."""
         state = self.__dict__ | {"_parameters": self._parameters}
         state.pop("_stored", None)
+        if "blob" in state:
+            state["blob"] = None
         return state
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        if self._stored is not None:
+            self._stored.drop_blob()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True):
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -88,6 +95,7 @@ class PackedWeight(TensorHolder):
         self._text = form.text  # kept: torch.compile warns of the cached function behind it
         self._dtype = dtype
         self.activation = "float"  # how its inputs are rounded: ops/rounding.py
+        self.blob: Tensor | None = None  # the prepared weight, for graphs (ops/stored.py)
         for name in form.names:
             term, _, leaf = name.rpartition(".")
             if term and term not in self._modules:
@@ -193,7 +201,13 @@ class PackedWeight(TensorHolder):
         """
         if x is None:
             return dict(self._parameters)
-        if not is_compiling():
+        if is_compiling():
+            # A graph has no place for looking whether the tensors are still the same: what changes
+            # them drops the blob. An exported graph keeps the tensors, which any machine can read.
+            if self.blob is not None and not is_exporting() and takes(x, bias):
+                return ops.prepared_linear(x, self.blob, self.form.rows, bias, offsets, None,
+                                           _NUMBERS[self.activation])
+        else:
             blob = (self._stored or self._store()).blob_for(x, bias)
             if blob is not None:
                 try:
@@ -207,19 +221,28 @@ class PackedWeight(TensorHolder):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return ops.packed_linear(x, self.tensors(), self._text, bias, offsets, self.activation)
 
+    def prepare(self) -> bool:
+        """Bring the weight into the form that CPU kernels read, now rather than at the first call.
+
+        torch.compile needs it before it traces, or calls go the longer way by the stored tensors.
+        Returns False where there is nothing to prepare: another device, offloaded, no kernels.
+        """
+        return (self._stored or self._store()).prepare() is not None
+
     def _store(self) -> Stored:
         """Let the weight and its terms share what knows of the prepared weight."""
         slots = []
         for name in self.form.names:
             term, _, leaf = name.rpartition(".")
             slots.append(((self._modules[term] if term else self)._parameters, leaf))
-        self._stored = Stored(self.form, slots)
+        self._stored = Stored(self.form, slots, self)
         for term in self._modules.values():
             term._stored = self._stored
         return self._stored
 
     def _apply(self, fn, recurse: bool = True):
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        self.blob = None
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

@@ -48,6 +48,7 @@ class BitlmQuantizer(HfQuantizer):
         self.entries: dict[str, Entry] = {}  # planned and still dense, while packing on the fly
         self.sizes_known = True
         self.errors: list[str] = []
+        self.offloads = False
 
     # What transformers asks ---------------------------------------------------------------------
 
@@ -71,6 +72,7 @@ class BitlmQuantizer(HfQuantizer):
                 "cannot open: finish it to a packed one with the version that trained it, or "
                 "pip install -U bitlm")
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        self.offloads = any(device not in (None, "cpu") for device in devices)
         if not self.pre_quantized and "disk" in devices:
             raise ValueError("a model cannot be packed while it is offloaded to disk: write a "
                              "packed checkpoint with `bitlm quantize`, then load that like this")
@@ -169,13 +171,13 @@ class BitlmQuantizer(HfQuantizer):
 
     def finish(self, model: PreTrainedModel) -> None:
         """Bring a model whose packed weights are in place into the state of a loaded one."""
-        for weight in packed_weights(model).values():
-            for parameter in weight.parameters():
-                parameter.requires_grad_(False)
+        freeze(model)
         use_packed_experts(model)
         refuse_resizing(model)
         put_dense_first(model)
         self.tensor_names = tensor_names(model)
+        if not self.offloads:  # kernels read another order, and torch.compile wants it there
+            prepare(model)
         if not self.pre_quantized:
             self.pre_quantized = True
             set_conversions(self, model)
@@ -222,6 +224,19 @@ class Encode(ConversionOps):
             if missing_keys is not None:
                 missing_keys.difference_update(done)
         return rest
+
+
+def freeze(model: nn.Module) -> None:
+    """Keep gradients away from the stored tensors."""
+    for weight in packed_weights(model).values():
+        for parameter in weight.parameters():
+            parameter.requires_grad_(False)
+
+
+def prepare(model: nn.Module) -> None:
+    """Prepare all packed weights that are on the CPU for its kernels."""
+    for weight in packed_weights(model).values():
+        weight.prepare()
 
 
 def tensor_names(model: nn.Module) -> list[str]:

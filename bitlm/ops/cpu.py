@@ -43,6 +43,14 @@ def unsupported(form: Form, dtype: torch.dtype) -> str | None:
     return None
 
 
+def takes(x: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether `prepared_linear` can do a call: on the CPU, without gradients or autocast."""
+    if x.dtype not in TYPES or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return not torch.is_grad_enabled() or not (
+        x.requires_grad or bias is not None and bias.requires_grad)
+
+
 def describe() -> dict[str, object]:
     """Return what `bitlm doctor` shows: library, instruction set and what is computed natively."""
     loaded = native.load()

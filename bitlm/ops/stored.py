@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import cache, library
 from .cache import Prepared, undisturbed, version
-from .cpu import unsupported
+from .cpu import takes, unsupported
 from .form import Form
 from .restore import restorable, restore
 from .structs import TYPES
@@ -36,8 +36,10 @@ class Stored:
     back before they let anybody look.
     """
 
-    def __init__(self, form: Form, slots: Sequence[tuple[dict[str, nn.Parameter], str]]) -> None:
+    def __init__(self, form: Form, slots: Sequence[tuple[dict[str, nn.Parameter], str]],
+                 owner: nn.Module) -> None:
         self.form, self.text, self.slots = form, form.text, slots
+        self._owner = weakref.ref(owner)
         self.away = False
         self._reason = unsupported(form, torch.float32)
         self._lock = threading.RLock()
@@ -49,10 +51,7 @@ class Stored:
 
     def blob_for(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """Return the prepared weight when a call with these can use it alone, else None."""
-        if x.dtype not in TYPES or not x.is_cpu or self._reason is not None or \
-                torch.is_autocast_enabled("cpu"):
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
+        if self._reason is not None or not takes(x, bias):
             return None
         entry = self._entry and self._entry()
         if entry is not None:
@@ -63,7 +62,7 @@ class Stored:
                     break
             else:
                 return entry.blob
-        entry = self._prepare()
+        entry = self.prepare()
         return entry and entry.blob
 
     def in_order(self) -> bool:
@@ -106,7 +105,10 @@ class Stored:
         like = {n: t for n, t in zip(self.form.names, tensors) if t.is_meta}
         return restore(self._kept.blob, self._kept.origins, like, torch.get_num_threads())
 
-    def _prepare(self) -> Prepared | None:
+    def prepare(self) -> Prepared | None:
+        """Make the prepared weight; None where the tensors are not there or there is no kernel."""
+        if self._reason is not None:
+            return None
         with self._lock, undisturbed():
             if self.away:
                 entry = self._kept
@@ -123,7 +125,17 @@ class Stored:
                 sources.append((parameters, name, weakref.ref(tensor), version(tensor),
                                 tensor.data_ptr()))
             self._sources, self._entry = sources, weakref.ref(entry)
+            owner = self._owner()
+            # Tensors that come and go with offload hooks are offloaded to save memory.
+            if owner is not None and not any(hasattr(m, "_hf_hook") for m in owner.modules()):
+                owner.blob = entry.blob
             return entry
+
+    def drop_blob(self) -> None:
+        """Forget what graphs use: the tensors change."""
+        owner = self._owner()
+        if owner is not None:
+            owner.blob = None
 
     def _release(self, entry: Prepared, tensors: list[Tensor]) -> None:
         """Release what the prepared weight gives back exactly, if nobody else can hold it."""
