@@ -16,7 +16,7 @@ from torch.compiler import is_compiling, is_exporting
 from . import ops
 from .ops.cpu import call, takes
 from .ops.form import Form, check
-from .ops.stored import Stored
+from .ops.stored import RELEASES, Stored
 from .ops.structs import ACTIVATIONS
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -33,15 +33,16 @@ class TensorHolder(nn.Module):
     _is_hf_initialized = True
     _stored: Stored | None = None
 
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        if self._stored is not None and self._stored.away:
-            self._stored.restore()
-        return self.__dict__["_parameters"]
+    if RELEASES:
+        @property
+        def _parameters(self) -> dict[str, nn.Parameter]:
+            if self._stored is not None and self._stored.away:
+                self._stored.restore()
+            return self.__dict__["_parameters"]
 
-    @_parameters.setter
-    def _parameters(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.__dict__["_parameters"] = parameters
+        @_parameters.setter
+        def _parameters(self, parameters: dict[str, nn.Parameter]) -> None:
+            self.__dict__["_parameters"] = parameters
 
     def __getattr__(self, name: str):
         if self._stored is not None and self._stored.away and name in self.__dict__["_parameters"]:

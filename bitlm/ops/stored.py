@@ -23,6 +23,10 @@ from .form import Form
 from .restore import restorable, restore
 from .structs import TYPES
 
+# torch.compile of older versions cannot follow the property that brings tensors back (weight.py):
+# there they stay.
+RELEASES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 # A program that asks for the tensors again and again would unpack them again and again.
 MOST_RELEASES = 2
 
@@ -117,7 +121,7 @@ class Stored:
                 if not all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors):
                     return None  # offloaded, or not for computing with
                 entry = cache.prepared(self.text, tensors)
-                if self._releases < MOST_RELEASES:
+                if RELEASES and self._releases < MOST_RELEASES:
                     self._release(entry, tensors)
             sources = []
             for parameters, name in self.slots:
