@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .modules import packed_weights
 from .ops.bits import unpack_bits, unpack_trits
-from .ops.form import Form, chains, check, planes
+from .ops.form import Form, chains, check, damaged_columns, planes
 from .plan import Entry
 from .weight import PackedWeight
 
@@ -196,9 +196,7 @@ def content_problems(weight: PackedWeight) -> list[str]:
     form, tensors = weight.form, dict(weight.named_tensors())
     problems = [f"{name} has values that are not finite" for name, tensor in tensors.items()
                 if tensor.is_floating_point() and not tensor.isfinite().all()]
-    problems += [f"{name} is not sorted or not within 0..{form.columns - 1}"
-                 for name, tensor in tensors.items()
-                 if name.endswith(".columns") and not _sorted_within(tensor, form.columns)]
+    problems += damaged_columns(tensors, form.columns)
     if problems:
         return problems
     for plane in planes(form.names):
@@ -260,8 +258,3 @@ def _salient_problems(tensors: dict[str, Tensor], form: Form) -> list[str]:
 def _padding(bits: Tensor, columns: int) -> bool:
     spare = -columns % 8
     return bool(spare and (bits[..., -1] >> (8 - spare)).any())
-
-
-def _sorted_within(columns: Tensor, limit: int) -> bool:
-    rising = (columns[..., 1:] > columns[..., :-1]).all()
-    return bool(rising and (columns >= 0).all() and (columns < limit).all())

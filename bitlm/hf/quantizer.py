@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint import raise_problems, split_name
+from ..checkpoint import CheckpointError, raise_problems, split_name
 from ..methods.registry import statistics_needed
 from ..modules import PackedEmbedding, install, packed_weights, uninstall
 from ..ops.form import check
@@ -234,9 +234,16 @@ def freeze(model: nn.Module) -> None:
 
 
 def prepare(model: nn.Module) -> None:
-    """Prepare all packed weights that are on the CPU for its kernels."""
-    for weight in packed_weights(model).values():
-        weight.prepare()
+    """Prepare all packed weights that are on the CPU for its kernels.
+
+    Raises CheckpointError naming the weight whose stored tensors are damaged.
+    """
+    for name, weight in packed_weights(model).items():
+        try:
+            weight.prepare()
+        except ValueError as error:
+            raise CheckpointError(f"{name}.{error}; the weight is damaged: write the checkpoint "
+                                  "again, or download it again") from error
 
 
 def tensor_names(model: nn.Module) -> list[str]:

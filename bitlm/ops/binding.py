@@ -29,8 +29,8 @@ _PROBE = "probe"  # an op of the same schema, registered first and tried
 def register(schema: str, probe_library: Library, check) -> str | None:
     """Register `prepared_linear` through the C interface; return why not, or None.
 
-    schema: of the op, "prepared_linear(...)". check(op) raises or returns False when the op does not
-    do what it should; it is tried under another name first.
+    schema: of the op, "prepared_linear(...)". check(op) raises or returns False when the op does
+    not do what it should; it is tried under another name first.
     """
     try:
         table = _functions()

@@ -7,6 +7,7 @@ checks, the writer and the kernels all read it; nothing else knows a tensor's sh
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -229,3 +230,16 @@ def check(form: Form, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torc
             problems.append(f"{name} is {found}, expected {' or '.join(allowed)}")
     problems += [f"{name} is not part of this weight" for name in shapes if name not in form.names]
     return problems
+
+
+def damaged_columns(named: Mapping[str, torch.Tensor], columns: int) -> list[str]:
+    """Return what is wrong with the lists of column numbers among the tensors of a weight [N, K].
+
+    They are read as places in memory, so everything that reads them asks here first.
+    """
+    def fits(numbers: torch.Tensor) -> bool:
+        rising = (numbers[..., 1:] > numbers[..., :-1]).all()
+        return bool(rising and (numbers >= 0).all() and (numbers < columns).all())
+
+    return [f"{name} is not sorted or not within 0..{columns - 1}"
+            for name, numbers in named.items() if name.endswith(".columns") and not fits(numbers)]

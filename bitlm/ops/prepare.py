@@ -25,7 +25,7 @@ from torch import Tensor
 from . import library, structs
 from .bits import pack_bits, unpack_bits, unpack_trits
 from .blob import Blob, padded
-from .form import Form, chains, planes, row
+from .form import Form, chains, damaged_columns, planes, row
 from .restore import Origin
 from .structs import BINARY, BLOCK_ROWS, GRID, LIST_BYTES, MAX_BITS, TERNARY, TYPES
 
@@ -37,11 +37,14 @@ def prepare(form: Form, tensors: Sequence[Tensor], order: int, threads: int = 1
     """Return the prepared weight, uint8 [bytes], and where stored tensors can be read back from it.
 
     tensors: on the CPU, as `form.check` wants them. order: of codes, structs.BYTES or DWORDS.
-    Raises ValueError for a damaged salient list, RuntimeError when the native library is missing or
-    refuses.
+    Raises ValueError for damaged salient entries or lists of columns, RuntimeError when the native
+    library is missing or refuses.
     """
     named = {name: tensor.detach().contiguous()
              for name, tensor in zip(form.names, tensors, strict=True)}
+    damaged = damaged_columns(named, form.columns)
+    if damaged:
+        raise ValueError("; ".join(damaged))
     apart = form.parts if any("P" in row(name, form.names).axes for name in named) else 1
     subs = (form.experts or 1) * apart
     blob = Blob(sizeof(structs.Weight) + subs * sizeof(structs.Sub), order)
@@ -289,8 +292,8 @@ class _Sub:
         count = int.from_bytes(mask.numpy().tobytes(), "little").bit_count()
         values = self.named["salient.values"].shape[-1]
         if count > values:
-            raise ValueError(f"salient.mask marks {count} entries, salient.values has {values}: "
-                             "the weight is damaged")
+            raise ValueError(f"salient.mask has more bits set than the {values} stored "
+                             f"salient.values: {count}")
         return mask if count else None
 
     def _salient_list(self) -> None:

@@ -21,7 +21,6 @@ from .cache import Prepared, undisturbed, version
 from .cpu import takes, unsupported
 from .form import Form
 from .restore import restorable, restore
-from .structs import TYPES
 
 # torch.compile of older versions cannot follow the property that brings tensors back (weight.py):
 # there they stay.

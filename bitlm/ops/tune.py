@@ -1,8 +1,8 @@
 """Chooses between kernels that are close, by a short measurement whose result is kept on disk.
 
 For 1-bit codes an instruction set may have two products, look-ups and digit products. Both are
-exact, so the choice changes the speed, not the numbers that a mode promises. Which is faster depends
-on the processor's ports and caches, on the activation mode and on the number of tokens.
+exact, so the choice changes the speed, not the numbers that a mode promises. Which is faster
+depends on the processor's ports and caches, on the activation mode and on the number of tokens.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _read(path: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def _write(path: Path, known: dict[str, dict[str, list[float]]]) -> None:
-    """Write the file whole or not at all; a folder that cannot be written costs a new measurement."""
+    """Write the file whole or not at all; without a place for it the next process measures anew."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

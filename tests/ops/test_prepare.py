@@ -151,7 +151,7 @@ def test_one_bit_weights_take_little_more_than_a_bit():
 def test_a_salient_list_that_is_too_short_is_refused():
     form, named = plain.example(("signs",), ("salient.mask",), rows=6, columns=24)
     named["salient.values"] = named["salient.values"][:, :-1]
-    with pytest.raises(ValueError, match=r"salient.mask marks \d+ entries, salient.values has"):
+    with pytest.raises(ValueError, match=r"salient.mask has more bits set than the \d+"):
         prepare(form, list(named.values()), BYTES)
 
 
@@ -176,3 +176,12 @@ def test_a_weight_without_rows():
              "plane0.scales": torch.ones(0, 2)}
     made, _ = prepare(Form(0, 16, tuple(named), 8), list(named.values()), BYTES)
     assert blob.dense(made).shape == (0, 16)
+
+
+@pytest.mark.parametrize("columns", ([3, 2], [0, 16], [-1, 4]))
+def test_a_damaged_list_of_columns_is_refused(columns):
+    named = {"plane0.signs": torch.zeros(4, 1, dtype=torch.uint8),
+             "plane0.scales": torch.ones(4, 1),
+             "plane0.columns": torch.tensor([columns], dtype=torch.int32)}
+    with pytest.raises(ValueError, match="plane0.columns is not sorted or not within 0..15"):
+        prepare(Form(4, 16, tuple(named), 8), list(named.values()), BYTES)
