@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .weight import PackedWeight
 
@@ -22,8 +23,11 @@ class PackedLinear(nn.Linear):
         _keep_dense(self, dense)
 
     def forward(self, x: Tensor) -> Tensor:
-        # As attributes they would cost a microsecond.
-        return self._modules["weight"](x, self._parameters["bias"])
+        # As attributes they would cost a microsecond, and so would a call that asks for hooks.
+        weight = self._modules["weight"]
+        if weight._forward_pre_hooks or weight._forward_hooks or is_compiling():
+            return weight(x, self._parameters["bias"])
+        return weight.forward(x, self._parameters["bias"])
 
     def reset_parameters(self) -> None:
         """Keep the stored codes: there is nothing to draw anew."""

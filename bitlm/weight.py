@@ -198,7 +198,7 @@ class PackedWeight(TensorHolder):
 
         x: float [..., K] or int [...]. bias: [N] ([E, N] with experts). offsets: see
         ops.reference.packed_linear. Callers must call the module, not this method: offload hooks
-        hang on the call.
+        hang on the call or replace `forward` (see PackedLinear).
         """
         if x is None:
             return dict(self._parameters)
