@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
+from torch.nn.functional import linear
 
 from . import ops
 from .ops.cpu import call, takes
@@ -216,11 +218,18 @@ class PackedWeight(TensorHolder):
                 except RuntimeError:
                     if self._stored.in_order():
                         raise
+        tensors = self.tensors()
+        if tensors[0].is_meta and not x.is_meta:
+            raise RuntimeError(f"the packed weight [{self.form.rows}, {self.form.columns}] is on "
+                               "meta: its tensors have not been loaded, or are offloaded")
         if not x.is_floating_point():
-            return ops.packed_embedding(x, self.tensors(), self._text, self._dtype)
+            return ops.packed_embedding(x, tensors, self._text, self._dtype)
+        if forward_ad._current_level >= 0 and offsets is None and self.activation == "float":
+            # The ops have no forward-mode gradient, and would drop it without a word.
+            return linear(x, self.dequantize(x.dtype), bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return ops.packed_linear(x, self.tensors(), self._text, bias, offsets, self.activation)
+        return ops.packed_linear(x, tensors, self._text, bias, offsets, self.activation)
 
     def prepare(self) -> bool:
         """Bring the weight into the form that CPU kernels read, now rather than at the first call.

@@ -14,6 +14,7 @@ from bitlm.ops.form import TABLE, Form
 from bitlm.scheme import Scheme
 from bitlm.weight import PackedWeight, Term, from_encoded, stack_experts
 from tests.ops import plain
+from tests.weights import random_weight
 
 ALL = ("zones", "columns", "shift", "input_scales", "chain", "low_rank", "salient.mask")
 
@@ -193,3 +194,27 @@ def test_stacking_keeps_planes_of_different_dtypes_apart():
     weight = make(("signs", "signs"), ("shift",), rows=3, columns=12)
     dtypes = {n: t.dtype for n, t in weight.named_tensors()}
     assert {n: t.dtype for n, t in stack_experts([weight, weight]).named_tensors()} == dtypes
+
+
+def test_a_weight_on_meta_is_refused():
+    form, tensors = random_weight(8, 32, 32, ("binary",))
+    weight = PackedWeight(dict(zip(form.names, tensors)), form, torch.float32).to("meta")
+    for x in (torch.ones(2, 32), torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match="is on meta"):
+            weight(x)
+
+
+def test_forward_mode_gradients():
+    form, tensors = random_weight(8, 32, 32, ("binary",))
+    weight = PackedWeight(dict(zip(form.names, tensors)), form, torch.float32)
+    x, tangent = torch.randn(2, 32), torch.randn(2, 32)
+    _, moved = torch.func.jvp(weight, (x,), (tangent,))
+    assert torch.allclose(moved, tangent @ weight.dequantize().T, atol=1e-5)
+
+
+def test_a_weight_without_columns():
+    form = Form(3, 0, ("plane0.signs", "plane0.scales"), 32)
+    weight = PackedWeight({"plane0.signs": torch.zeros(3, 0, dtype=torch.uint8),
+                           "plane0.scales": torch.zeros(3, 0)}, form, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(weight(torch.zeros(2, 0), torch.ones(3)), torch.ones(2, 3))

@@ -162,7 +162,8 @@ void round_row(const Kernel& kernel, const float* row, const bitlm_shape& s, int
     float most = kernel.largest(from, count);
     // Smaller than that is nothing beside the rest of the row: see normalise in cpu_linear.cpp.
     inverse = most > 1e-30f ? limit / most : 0;
-    scale = most > 1e-30f ? most / limit : 0;
+    // NaN, of scales that the input was multiplied by, stays NaN.
+    scale = most > 1e-30f ? most / limit : most != most ? most : 0;
   };
   if (!by_chunk) scale_for(row, static_cast<int64_t>(s.words) * word_columns);
   each_chunk(s, [&](int index, const Chunk& chunk) {

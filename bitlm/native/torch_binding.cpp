@@ -158,6 +158,10 @@ void prepared_linear(Value* stack, uint64_t, uint64_t) {
   bitlm_linear call = {};
   call.activation = static_cast<int32_t>(stack[6]);
   call.weight = static_cast<const bitlm_weight*>(weight.data());
+  const int64_t bytes = weight.numel();
+  if (bytes < static_cast<int64_t>(sizeof(bitlm_weight)) || bytes < call.weight->bytes) {
+    throw std::runtime_error("the prepared weight is cut short");
+  }
   const int32_t dtype = x.dtype();
   call.x_type = call.y_type = type_of(dtype);
   if (call.x_type < 0) {

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 
 from . import binding, cache, reference, structs, tune
@@ -39,6 +40,8 @@ def unsupported(form: Form, dtype: torch.dtype) -> str | None:
     reason = native.load().reason
     if reason:
         return reason
+    if not form.columns:
+        return "a weight without columns has no kernel"
     if dtype not in TYPES:
         return f"{str(dtype).removeprefix('torch.')} inputs have no kernel"
     return None
@@ -46,7 +49,8 @@ def unsupported(form: Form, dtype: torch.dtype) -> str | None:
 
 def takes(x: Tensor, bias: Tensor | None) -> bool:
     """Tell whether `prepared_linear` can do a call: on the CPU, without gradients or autocast."""
-    if not x.is_cpu or x.dtype not in TYPES or torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or x.dtype not in TYPES or torch.is_autocast_enabled("cpu") or \
+            forward_ad._current_level >= 0:
         return False
     return not torch.is_grad_enabled() or not (
         x.requires_grad or bias is not None and bias.requires_grad)

@@ -135,10 +135,15 @@ class Stored:
             return entry
 
     def drop_blob(self) -> None:
-        """Forget what graphs use: the tensors change."""
+        """Forget the prepared weight: the tensors change."""
         owner = self._owner()
         if owner is not None:
             owner.blob = None
+        entry = self._kept or self._entry and self._entry()
+        self.restore()
+        if entry is not None:
+            cache.forget(entry)
+            self._entry = None
 
     def _release(self, entry: Prepared, tensors: list[Tensor]) -> None:
         """Release what the prepared weight gives back exactly, if nobody else can hold it."""

@@ -13,6 +13,7 @@ import platform
 import statistics
 import struct
 import tempfile
+import threading
 import time
 from ctypes import CDLL
 from functools import cache
@@ -34,16 +35,19 @@ _ROWS, _COLUMNS, _GROUP = 1024, 2048, 128
 _COLD_BYTES = 48 << 20
 _ROUNDS = 3
 _VERSION = 1  # of the file; raise it when kernels change
+_lock = threading.Lock()
 
 
 def ensure(instruction_set: str) -> None:
     """Make the choices for an instruction set, once in a process; reads or writes the file."""
-    _choices(instruction_set)
+    with _lock:  # a measurement changes the choices of all threads
+        _choices(instruction_set)
 
 
 def choices(instruction_set: str) -> list[dict[str, str]]:
     """Return what was chosen for which work, and why: keys work, choice, why."""
     library = native.native()
+    ensure(instruction_set)
     measured = _choices(instruction_set)
     rows = []
     for number, mode in enumerate(MODES):
@@ -111,7 +115,8 @@ def _calls(x: Tensor, weights: list[Tensor], activation: int) -> list[bytes]:
 
 def _path() -> Path:
     base = os.environ.get("BITLM_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bitlm" / "kernels.json"
+    # Unlike Path.home(), this has an answer where the user has no home.
+    return Path(base or os.path.expanduser("~/.cache")) / "bitlm" / "kernels.json"
 
 
 def _key(instruction_set: str) -> str:
@@ -131,11 +136,18 @@ def _key(instruction_set: str) -> str:
 def _read(path: Path) -> dict[str, dict[str, list[float]]]:
     try:
         known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
+    return {key: entry for key, entry in known.items() if _is_entry(entry)} \
+        if isinstance(known, dict) else {}
+
+
+def _is_entry(entry: object) -> bool:
+    """Tell whether a value of the file is what `_measure` returns."""
     wanted = {f"{mode} {tokens}" for mode in MODES for tokens in TOKENS}
-    return {key: entry for key, entry in known.items()
-            if isinstance(entry, dict) and set(entry) == wanted} if isinstance(known, dict) else {}
+    return isinstance(entry, dict) and set(entry) == wanted and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(t) in (int, float) for t in pair)
+        for pair in entry.values())
 
 
 def _write(path: Path, known: dict[str, dict[str, list[float]]]) -> None:
