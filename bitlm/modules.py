@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .weight import PackedWeight
 
@@ -26,11 +27,13 @@ class PackedLinear(nn.Linear):
         _keep_dense(self, dense)
 
     def forward(self, x: Tensor) -> Tensor:
-        # As attributes they would cost a microsecond.
+        # As attributes they would cost a microsecond, and so would a call that asks for hooks.
         weight, bias = self._modules["weight"], self._parameters["bias"]
         quantizer = self._modules["input"]
         if quantizer is None:
-            return weight(x, bias)
+            if weight._forward_pre_hooks or weight._forward_hooks or is_compiling():
+                return weight(x, bias)
+            return weight.forward(x, bias)
         if not weight.reads_x or weight.activation != "float":
             return weight(quantizer(x), bias)
         if _kernel_rounds(x, quantizer):

@@ -210,7 +210,7 @@ class PackedWeight(TensorHolder):
         x: float [..., K] or int [...]. bias: [N] ([E, N] with experts). offsets: see
         ops.reference.packed_linear. activation, step: how this call rounds x, in place of the
         weight's own mode: see ops.rounding.rounded. Callers must call the module, not this method:
-        offload hooks hang on the call.
+        offload hooks hang on the call or replace `forward` (see PackedLinear).
         """
         if x is None:
             return dict(self._parameters)

@@ -20,9 +20,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Long enough to bridge the Python between two layers. When the time is over a thread sleeps, so
-// that a thread it waits for, or somebody else's, gets the core.
-constexpr auto worker_spin = std::chrono::microseconds(50);
+// Long enough to bridge the Python between two layers: waking a thread takes as long as a layer. After
+// busy_spin a waiting thread offers its core to others at each look; when its time is over it sleeps.
+constexpr auto busy_spin = std::chrono::microseconds(20);
+constexpr auto worker_spin = std::chrono::microseconds(500);
 constexpr auto caller_spin = std::chrono::microseconds(20);
 
 void pause() {
@@ -35,13 +36,16 @@ void pause() {
 
 template <class Done>
 bool spin(Clock::duration time, Done done) {
-  auto end = Clock::now() + time;
+  const auto start = Clock::now();
+  auto passed = start - start;
   do {
     for (int i = 0; i < 16; i++) {
       if (done()) return true;
       pause();
     }
-  } while (Clock::now() < end);
+    if (passed > busy_spin) std::this_thread::yield();
+    passed = Clock::now() - start;
+  } while (passed < time);
   return done();
 }
 

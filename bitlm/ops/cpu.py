@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from ctypes import c_int32
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def unsupported(form: Form, dtype: torch.dtype) -> str | None:
 
 def takes(x: Tensor, bias: Tensor | None) -> bool:
     """Tell whether `prepared_linear` can do a call: on the CPU, without gradients or autocast."""
-    if x.dtype not in TYPES or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or x.dtype not in TYPES or torch.is_autocast_enabled("cpu"):
         return False
     return not torch.is_grad_enabled() or not (
         x.requires_grad or bias is not None and bias.requires_grad)
@@ -111,7 +112,13 @@ def call(x: Tensor, weight: Tensor, rows: int, bias: Tensor | None, offsets: Ten
     if _unbound and type(x) is Tensor and not _modes() and not _profiled() and \
             _tracing() is None and _transforms() is None:
         return prepared_linear(x, weight, rows, bias, offsets, None, activation)
-    return torch.ops.bitlm.prepared_linear.default(x, weight, rows, bias, offsets, None, activation)
+    return _op()(x, weight, rows, bias, offsets, None, activation)
+
+
+@lru_cache(maxsize=1)
+def _op() -> Callable[..., Tensor]:
+    """Return the op without the Python around it, which finds it anew in every call."""
+    return torch.ops.bitlm.prepared_linear.default._op
 
 
 def prepared_linear(x: Tensor, weight: Tensor, rows: int, bias: Tensor | None = None,

@@ -2,6 +2,7 @@
 
     scripts/bench kernels [--ggml FOLDER] [--instruction-set avx2] [--json FILE]
     scripts/bench kernels --table eval/results/kernels.json    # tables of what was measured before
+    scripts/bench kernels --table eval/results/kernels.json --plot FOLDER   # rooflines, PNG
     scripts/bench kernels --list                               # the groups, for --groups
 
 Within a group all engines take turns in each round, and medians over the rounds count, so a slow
@@ -15,12 +16,15 @@ AVX2, too.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from harness import calls, machine, results, tables, torch_layers
+from harness import calls, machine, peak, results, roofline, tables, torch_layers
 from harness.ggml import Ggml, Type
 from harness.packed import Prepared
 from harness.timing import Engine, take_turns
@@ -38,10 +42,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.06, help="of an engine in a round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print what FILE holds")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER",
+                        help="write a roofline of each block, roofline-*.png")
     parser.add_argument("--list", action="store_true", help="only print the groups")
     options = parser.parse_args()
     if options.table:
-        print("\n\n".join(map(tables.report, results.load(options.table))))
+        blocks = results.load(options.table)
+        print("\n\n".join(map(tables.report, blocks)))
+        draw(blocks, options.plot)
         return
     if options.list:
         print("\n".join(f"{group.name}: {len(group.engines)} engines" for group in GROUPS))
@@ -51,7 +59,7 @@ def main() -> None:
     block = {"machine": machine.describe() | {"instruction_set": used},
              "settings": {"rounds": options.rounds, "seconds": options.seconds,
                           "cold_mib": COLD_MIB},
-             "groups": [], "errors": {}}
+             "peak": peak.measure(used), "groups": [], "errors": {}}
     with torch.inference_mode():
         for group in GROUPS:
             if _chosen(group.name, options.groups):
@@ -61,6 +69,18 @@ def main() -> None:
     print(tables.report(block))
     if options.json:
         results.save(options.json, block)
+    draw([block], options.plot)
+
+
+def draw(blocks: list[results.Block], folder: Path | None) -> None:
+    """Write the rooflines of blocks into a folder, if there is one."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for block in blocks:
+        found = block["machine"]
+        name = f"roofline-{found['instruction_set']}-{found['family']}-{found['model']}.png"
+        roofline.plot(block, folder / name)
 
 
 def _chosen(name: str, parts: list[str] | None) -> bool:
@@ -79,7 +99,8 @@ def measure(group: Group, ggml: Ggml | None, options: argparse.Namespace,
     for name, weight, activation in makers.products:
         if name not in errors:
             errors[name] = weight.error(activation)
-    rounds = take_turns(engines, options.rounds, options.seconds)
+    with _busy_core() if group.busy else nullcontext():
+        rounds = take_turns(engines, options.rounds, options.seconds)
     rows = [{"engine": engine.name, "batch": engine.batch, "us": [round(us, 3) for us in times]}
             for engine, times in zip(engines, rounds)]
     for engine, row in zip(engines, rows):
@@ -89,6 +110,17 @@ def measure(group: Group, ggml: Ggml | None, options: argparse.Namespace,
     print(f"{group.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return {"name": group.name, "rows": group.rows, "columns": group.columns, "cold": group.cold,
             "threads": group.threads, "engines": rows}
+
+
+@contextmanager
+def _busy_core() -> Iterator[None]:
+    """Run a process that computes all the while."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 class _Makers:
@@ -116,6 +148,8 @@ class _Makers:
             return calls.engine(rest, self._prepared("binary"), x)
         if kind == "read":
             return self._prepared(rest).read(threads)
+        if kind == "prepare":
+            return self._prepared(rest).prepare(threads)
         form, _, activation = rest.rpartition(" ")
         weight = self._prepared(form)
         if activation != "int1":  # no rounding of given activations: they are levels already
@@ -133,7 +167,7 @@ class _Makers:
             return {"bytes": size * self.group.rows * self.group.columns}
         if kind == "call":
             return {}
-        form = rest if kind == "read" else rest.rpartition(" ")[0]
+        form = rest if kind in ("read", "prepare") else rest.rpartition(" ")[0]
         return {"bytes": self._prepared(form).nbytes}
 
     def _prepared(self, form: str) -> Prepared:

@@ -70,7 +70,11 @@ class Clock(BaseStreamer):
 
 
 class Generate:
-    """An engine: transformers' generate(), greedy; a turn is `tokens` tokens, in us a token."""
+    """An engine: transformers' generate(), greedy; a turn is `tokens` tokens, in us a token.
+
+    Compiled, attention is transformers' "eager" one: inductor makes better code of it for one
+    token than torch's own kernel is.
+    """
 
     batch = 1
 
@@ -86,12 +90,14 @@ class Generate:
         clock = Clock()
         more = {}
         if self._forward is not None:
+            self._model.set_attn_implementation("eager")
             self._model.forward = self._forward
             more["cache_implementation"] = "static"
         try:
             with torch.inference_mode():
                 self._model.generate(self._ids, max_new_tokens=self._tokens, streamer=clock, **more)
         finally:
+            self._model.set_attn_implementation("sdpa")
             self._model.__dict__.pop("forward", None)
         return clock.microseconds
 

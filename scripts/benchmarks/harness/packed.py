@@ -49,6 +49,12 @@ class Prepared:
                          threads) for copy in self.copies]
         return Calls(f"read {self.name}", 1, calls)
 
+    def prepare(self, threads: int) -> Calls:
+        """Bring the stored tensors into kernel order, as loading a model does."""
+        order = library.native().bitlm_cpu_order()
+        return Calls(f"prepare {self.name}", 1,
+                     [partial(prepare, self.form, self.tensors, order, threads)])
+
     def error(self, activation: str) -> float:
         """Return the relative error (RMS) of a product against the weight in float64."""
         x = torch.randn(4, self.form.columns)

@@ -1,4 +1,4 @@
-"""Results on disk: one block for each machine and instruction set, replaced when measured again."""
+"""Results on disk: one block for each machine and instruction set."""
 
 from __future__ import annotations
 
@@ -17,8 +17,21 @@ def load(path: Path) -> list[Block]:
 
 
 def save(path: Path, block: Block) -> None:
-    """Add a block to a file, in the place of the one of the same machine."""
-    blocks = [b for b in load(path) if _key(b) != _key(block)] + [block]
+    """Add a block to a file.
+
+    What an earlier run on the same machine measured stays, but for the groups measured again.
+    """
+    blocks = load(path)
+    same = next((b for b in blocks if _key(b) == _key(block)), None)
+    if same is None:
+        blocks.append(block)
+    else:
+        fresh = {group["name"] for group in block["groups"]}
+        block = same | block | {
+            "groups": [g for g in same["groups"] if g["name"] not in fresh] + block["groups"]}
+        if "errors" in same:
+            block["errors"] = same["errors"] | block["errors"]
+        blocks[blocks.index(same)] = block
     text = json.dumps({"blocks": blocks}, indent=1)
     # Lists and records without anything nested take one line.
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text)

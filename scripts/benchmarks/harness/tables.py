@@ -52,7 +52,7 @@ def time_table(block: Block) -> str:
             us = statistics.median(row["us"])
             speed = f"{row['bytes'] / us / 1e3:.1f}" if row.get("bytes") else ""
             work = 2e-3 * group["rows"] * group["columns"] * row["batch"] / us
-            rate = "" if row["engine"].startswith(("read", "call")) else f"{work:.0f}"
+            rate = "" if row["engine"].startswith(("read", "call", "prepare")) else f"{work:.0f}"
             name = row.get("detail", row["engine"])
             lines.append(f"| {name} | {row['batch']} | {us:.1f} | {min(row['us']):.1f} | "
                          f"{max(row['us']):.1f} | {speed} | {rate} |")

@@ -130,6 +130,8 @@ TARGETS = (
            lambda t: t.ratio(BATCHES, "bitlm rank-16 int8", BINARY, 1, 16), at_most=True),
     Target("768x768 through torch.ops, warm", "us", (6, 6, 6),
            lambda t: t.median("768x768 warm", BINARY), at_most=True),
+    Target("preparing a weight, of its size in bf16", "GB/s", (1, 1, 1),
+           lambda t: 2e-3 * 4096 * 4096 / t.median("prepare, 1 thread", "prepare binary g128")),
     Target("overhead of a call", "us", (1.5, 1.5, 1.5), _overhead, at_most=True),
 )
 

@@ -22,8 +22,9 @@ MODES = tuple(f"bitlm {form} {mode}" for form in ("binary", "binary g128")
 class Group:
     """Engines that are timed in one run, in turns: (name, batch), read and product side by side.
 
-    Names begin with what runs: "bitlm FORM ACTIVATION", "read FORM", "torch TYPE", "ggml TYPE", or
-    "call WHAT" for the overhead of a call. cold: weights come from DRAM.
+    Names begin with what runs: "bitlm FORM ACTIVATION", "read FORM", "torch TYPE", "ggml TYPE",
+    "prepare FORM" for bringing stored tensors into kernel order, or "call WHAT" for the overhead of
+    a call. cold: weights come from DRAM. busy: another process computes all the while.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Group:
     cold: bool
     threads: int
     engines: tuple[tuple[str, int], ...]
+    busy: bool = False
 
 
 def _at(batch: int, *names: str) -> tuple[tuple[str, int], ...]:
@@ -83,6 +85,10 @@ GROUPS = (
     _prefill(128, 2),
     _prefill(512, 2),
     _prefill(512, 1, rows=11008),
+    Group("gemv cold, 2 threads, a core busy", 4096, 4096, True, 2,
+          _at(1, BINARY, *TORCH, "ggml q1_0", "ggml tq2_0"), busy=True),
+    Group("prepare, 1 thread", 4096, 4096, False, 1, _at(
+        1, *(f"prepare {form}" for form in FORMS))),
     Group("calls", 16, 32, False, 1, _at(
         1, "call bitlm op", "call bitlm kernel", "call C function", "call torch neg")),
 )
