@@ -76,6 +76,9 @@ class FakeQuantConv1D(FakeQuantLayer):
     def forward(self, x: Tensor) -> Tensor:
         return _product(self, x)
 
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"
+
 
 class FakeQuantEmbedding(FakeQuantLayer, nn.Embedding):
     """An nn.Embedding with a fake-quant weight, and the factor of scaled embeddings (BART, Gemma).

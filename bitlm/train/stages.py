@@ -28,6 +28,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
+    SchedulerType,
     Seq2SeqTrainingArguments,
     TrainingArguments,
     set_seed,
@@ -120,10 +121,20 @@ def check(settings: Settings) -> tuple[SimpleNamespace, list[str]]:
         terms.read(own.losses)
         if not own.epochs and not own.steps:
             raise RecipeError(f"{name} would not train: set epochs or steps")
-        for key, least in (("batch", 1), ("accumulate", 1), ("lr", 0), ("log_every", 1)):
-            if getattr(own, key) < least:
-                raise RecipeError(f"{key} is {getattr(own, key)}: use {least} or more")
+        _check_numbers(own, "")
+    _check_numbers(top.teacher, "teacher.")
     return top, names
+
+
+def _check_numbers(settings: SimpleNamespace, prefix: str) -> None:
+    for key, least in (("batch", 1), ("accumulate", 1), ("lr", 0), ("epochs", 0), ("steps", 0),
+                       ("warmup", 0)):
+        if getattr(settings, key) < least:
+            raise RecipeError(f"{prefix}{key} is {getattr(settings, key)}: use {least} or more")
+    schedules = [each.value for each in SchedulerType]
+    if settings.schedule not in schedules:
+        raise RecipeError(f"unknown schedule {settings.schedule!r}: use one of "
+                          f"{', '.join(schedules)}")
 
 
 # --- stages --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -154,7 +155,6 @@ def test_the_recipes_that_come_with_bitlm(name):
 
 
 def asked(**changes):
-    from types import SimpleNamespace
     return SimpleNamespace(**{key: COMMON[key] for key in COMMON if key not in (
         "fields", "teacher")} | {"fields": SimpleNamespace()} | changes)
 
@@ -197,7 +197,6 @@ def test_schemes_that_are_refused(changes, words):
 
 
 def test_fields_of_the_scheme_are_checked():
-    from types import SimpleNamespace
     assert request(asked(fields=SimpleNamespace(group_size=64))).scheme.group_size == 64
     with pytest.raises(SchemeError, match="unknown scheme key 'grup'"):
         request(asked(fields=SimpleNamespace(grup=64)))
@@ -210,6 +209,8 @@ def test_fields_of_the_scheme_are_checked():
     (["out=x", "losses=[[\"kll\", 1.0]]"], "unknown loss 'kll', did you mean kl?"),
     (["out=x", "epochs=0"], "w1a8 would not train: set epochs or steps"),
     (["out=x", "batch=0"], "batch is 0: use 1 or more"),
+    (["out=x", "teacher.batch=0"], "teacher.batch is 0: use 1 or more"),
+    (["out=x", "schedule=linar"], "unknown schedule 'linar': use one of linear"),
 ])
 def test_what_would_fail_later_is_said_first(path, pairs, words):
     with pytest.raises(ValueError) as error:
