@@ -206,8 +206,8 @@ class LearnedScales(WeightQuantizer):
         size = scheme.columns_per_scale(shape[1])
         lengths = (1, 1) if scheme.group_size == "tensor" else (shape[0], -(-shape[1] // size))
         # NaN, so that a forward without `initialise` or loading fails.
-        self.scales = nn.Parameter(torch.full(lengths, torch.nan))
-        second = nn.Parameter(torch.full(lengths, torch.nan)) if two else None
+        self.scales = nn.Parameter(torch.full(lengths, torch.nan, dtype=torch.float32))
+        second = nn.Parameter(torch.full(lengths, torch.nan, dtype=torch.float32)) if two else None
         self.register_parameter("second_scales", second)
 
     @torch.no_grad()
@@ -336,8 +336,8 @@ class FrozenSalient(WeightQuantizer):
                               "ones")
         self.register_buffer("mask", torch.zeros(shape, dtype=torch.bool))
         self.register_buffer("codes", torch.zeros(shape, dtype=torch.uint8))
-        self.register_buffer("scales", torch.full((shape[0], 1), torch.nan))
-        self.register_buffer("zeros", torch.full((shape[0], 1), torch.nan))
+        for name in ("scales", "zeros"):
+            self.register_buffer(name, torch.full((shape[0], 1), torch.nan, dtype=torch.float32))
 
     @torch.no_grad()
     def initialise(self, weight: Tensor, hessian: Tensor | None = None) -> None:

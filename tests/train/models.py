@@ -38,6 +38,6 @@ def train(model: PreTrainedModel, name: str, steps: int = 2, rate: float = 1e-3)
         value = loss(model, name)
         value.backward()
         optimizer.step()
-        losses.append(float(value))
+        losses.append(value.item())
     model.eval()
     return losses

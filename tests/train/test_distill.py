@@ -28,7 +28,10 @@ from bitlm.train.distill import (
     TeacherError,
     parameter_groups,
 )
+from bitlm.train.estimators import ESTIMATORS, biper_penalty, row_unit
+from bitlm.train.layers import fake_quant_layers
 from bitlm.train.terms import KINDS, REGULARISERS, Batch, LossError, Views, read
+from bitlm.train.weights import second_basis
 from tests.processes import run_two
 
 CHECK = ("task", "kl", "soft_cross_entropy", "plackett_luce", "hidden_mse", "attention_mse",
@@ -208,6 +211,14 @@ def test_a_resumed_training_has_the_same_losses(tmp_path):
             assert log[name] == pytest.approx(other[name], rel=1e-6), name
 
 
+def test_a_binary_student_learns_from_its_teacher(tmp_path):
+    student = prepare(bert(1), Scheme(group_size="row"), placement=("bipft", 1))
+    _, logs = trained("bert", tmp_path, [["kl", 1.0], ["hidden_mse", 0.1]], student=student,
+                      teacher=bert(1), max_steps=60, optim="adamw_torch", learning_rate=3e-3)
+    first, last = (sum(log["kl"] for log in part) for part in (logs[:5], logs[-5:]))
+    assert last < first / 2
+
+
 def test_the_teacher_does_not_change(tmp_path):
     teacher = bert(1, hidden_dropout_prob=0.5)
     before = copy.deepcopy(teacher.state_dict())
@@ -329,6 +340,38 @@ def test_one_output_needs_the_difference_of_logits(tmp_path):
     assert log["logits_mse"] == pytest.approx(float((s - t).square().mean()), rel=1e-4)
     assert log["task"] == pytest.approx(float((s[:, 0] - batch["labels"]).square().mean()),
                                         rel=1e-4)
+
+
+@pytest.mark.parametrize("training, planes, loss, first", [
+    ({"learned": True}, 2, ["second_basis", 0.5], None),
+    ({"estimator": "biper"}, 1, ["biper", 0.5, {"first": 2.0, "last": 4.0}], 2.0),
+])
+def test_regularisers_count_once_a_step(training, planes, loss, first, tmp_path):
+    def student():
+        return prepare(bert(), Scheme(group_size="row", planes=planes), training=training)
+
+    terms = [["task", 1.0], loss]
+    whole, logs = trained("bert", tmp_path, terms, student=student())
+    cut, cut_logs = trained("bert", tmp_path, terms, student=student(),
+                            per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    equal(whole, cut)
+    assert logs[0][loss[0]] == pytest.approx(cut_logs[0][loss[0]], rel=1e-5)
+    assert logs[0]["loss"] == pytest.approx(logs[0]["task"] + 0.5 * logs[0][loss[0]], rel=1e-5)
+    if first is None:
+        assert logs[0][loss[0]] == pytest.approx(second_basis(student()).item(), rel=1e-5)
+    else:
+        penalties = [biper_penalty(layer.weight, ESTIMATORS["biper"].normalised,
+                                   row_unit(layer.weight))
+                     for layer in fake_quant_layers(student()).values()]
+        assert logs[0][loss[0]] == pytest.approx(first * float(sum(penalties) / len(penalties)),
+                                                 rel=1e-5)
+        assert logs[1][loss[0]] > 0.5 * logs[0][loss[0]]
+
+
+def test_regularisers_need_such_weights(tmp_path):
+    for name in ("biper", "second_basis"):
+        with pytest.raises(ValueError, match="no weight"):
+            trainer("bert", tmp_path, [[name, 1.0]]).train()
 
 
 def test_a_micro_batch_without_labels_counts_nothing(tmp_path):
