@@ -18,6 +18,24 @@ def lively(name: str, **changes) -> PreTrainedModel:
     return model
 
 
+def batch(name: str, rows: int = 8) -> dict[str, Tensor]:
+    """Return random inputs that the model of that name takes."""
+    random = torch.Generator().manual_seed(3)
+    found = {}
+    for key, tensor in zoo.inputs(name).items():
+        shape = (rows, *tensor.shape[1:])
+        found[key] = torch.randn(shape, generator=random) if tensor.is_floating_point() else \
+            torch.randint(3, zoo.VOCABULARY, shape, generator=random)
+    return found
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, name: str) -> Tensor:
+    """Return the logits of a model on `batch`."""
+    result = model(**batch(name))
+    return result.logits if "logits" in result else result.logits_per_image
+
+
 def loss(model: PreTrainedModel, name: str) -> Tensor:
     """Return a loss that all parameters of a model matter for."""
     logits = model(**zoo.inputs(name)).logits
