@@ -19,7 +19,7 @@ from ..attention import NAME
 from ..quantizers import ActivationQuantizer
 from . import losses, terms
 from .callbacks import EstimatorSchedule, StopAtNonFinite, TellEpoch
-from .rows import ByLength, Noised
+from .rows import ByLength, Noised, lengths
 from .terms import Batch, LossError, Views
 from .weights import WeightQuantizer
 
@@ -207,8 +207,7 @@ class DistillMixin:
             return super()._get_train_sampler(train_dataset)
         # Trainer's own draws from the global generator, so that a resumed epoch had another order.
         rows = self.train_dataset if train_dataset is None else train_dataset
-        sampler = ByLength([len(rows[number]["input_ids"]) for number in range(len(rows))],
-                           self.args.per_device_train_batch_size, self.args.seed)
+        sampler = ByLength(lengths(rows), self.args.per_device_train_batch_size, self.args.seed)
         self.add_callback(TellEpoch(sampler))
         return sampler
 

@@ -44,6 +44,7 @@ class FakeQuantLayer(nn.Module):
         source = self.__dict__["source"]
         return (self if source is None else source)._modules["quantizer"]
 
+    @torch.compiler.disable  # it looks at values, where a graph would break again and again
     def fake_quant(self) -> Tensor:
         """Return the fake-quant weight [N, K], with its gradient."""
         return self.weight_quantizer(self.matrix)

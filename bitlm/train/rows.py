@@ -62,6 +62,13 @@ class Noised(Dataset):
         return self.noise(self.rows[number], generator(self.seed, self.epoch, number))
 
 
+def lengths(rows: Sequence[Any]) -> list[int]:
+    """Return a length of each row: its input tokens, before the noise whatever noise is made of."""
+    if isinstance(rows, Noised):
+        return [len(row) for row in rows.rows]
+    return [len(rows[number]["input_ids"]) for number in range(len(rows))]
+
+
 def pairs(tokenizer: Any, sources: Sequence[str], targets: Sequence[str], longest: int,
           longest_target: int, prefix: str = "") -> list[dict[str, list[int]]]:
     """Return rows of an encoder-decoder, cut at `longest` and `longest_target` tokens."""

@@ -218,3 +218,8 @@ def test_pairs_are_cut():
     [row] = rows.pairs(tokenizer, ["abcdefgh"], ["xyz"], 5, 3, prefix="p ")
     assert len(row["input_ids"]) == len(row["attention_mask"]) == 5 and len(row["labels"]) == 3
     assert row["input_ids"][:2] == tokenizer("p ")["input_ids"][:2]
+
+
+def test_lengths_of_rows():
+    assert rows.lengths([{"input_ids": [1, 2]}, {"input_ids": [3]}]) == [2, 1]
+    assert rows.lengths(rows.Noised(["ab", "c"], None, seed=0)) == [2, 1]

@@ -280,8 +280,7 @@ def test_coverage():
     reasons = {own.name: own for own in found.skipped}
     assert "fused experts" in reasons["model.layers.0.mlp.experts.down_proj"].reason
     assert reasons["model.layers.0.mlp.experts.down_proj"].loud
-    assert reasons["model.layers.0.self_attn.k_proj.weight"].reason == "skipped by 'layers.0.*k_pr" \
-        "oj'"
+    assert "skipped by 'layers.0" in reasons["model.layers.0.self_attn.k_proj.weight"].reason
     assert "--embeddings" in reasons["lm_head.weight"].reason
     assert found.attention.installed == ("model.layers.0.self_attn", "model.layers.1.self_attn")
     assert found.attention.dense == {}
@@ -338,9 +337,8 @@ def test_dropping_the_second_basis(tmp_path):
     again = zoo.auto_class("llama").from_pretrained(tmp_path / "training")
     assert zoo.same_tensors(again, model) == []
     packed = finished(again, "llama", tmp_path / "packed")
-    planes = {n: [t for t in w.form.names if "signs" in t] for n, w in packed_weights(packed).items()}
-    assert planes["model.layers.0.mlp.up_proj.weight"] == ["plane0.signs"]
-    assert len(planes["model.layers.1.mlp.up_proj.weight"]) == 2
+    first, second = (packed.model.layers[i].mlp.up_proj.weight.form.names for i in range(2))
+    assert "plane1.signs" not in first and "plane1.signs" in second
 
 
 @pytest.mark.parametrize("name, placement", [("bert", ("bipft", 1)), ("bart", ("tbt", 2)),
@@ -395,22 +393,22 @@ def test_copies_and_state_dicts():
     assert train(copied, "bert") == train(fresh, "bert")
 
 
-@pytest.mark.parametrize("name, scheme, training, placement", [
-    ("llama", BINARY, Training(estimator="bireal"), ("tbt", 1)),
-    ("bert", BASES, LEARNED, ("bipft", 1)), ("bert", SALIENT, None, ("tbt", 8))])
-def test_compiled(name, scheme, training, placement):
+@pytest.mark.parametrize("scheme, training, placement", [
+    (BINARY, Training(estimator="bireal"), ("tbt", 1)), (BASES, LEARNED, ("bipft", 2)),
+    (SALIENT, None, None)])
+def test_compiled(scheme, training, placement):
     torch._dynamo.reset()
-    plain = prepare(lively(name), scheme, training=training, placement=placement)
-    train(plain, name, 1)
-    model = copy.deepcopy(plain)
-    compiled = torch.compile(model, backend="aot_eager")
-    expected, values = loss(plain, name), loss(compiled, name)
-    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
-    expected.backward()
-    values.backward()
-    one, other = (torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
-                  for m in (plain, model))
-    torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+    model = prepare(lively("llama"), scheme, training=training, placement=placement)
+    train(model, "llama", 1)
+    block, x = model.model.layers[0].mlp, torch.randn(2, 7, 32, requires_grad=True)
+    results = []
+    for run in (block, torch.compile(block, backend="aot_eager")):
+        model.zero_grad()
+        values = run(x)
+        results.append([values, *torch.autograd.grad(values.square().sum(), [
+            x, *(p for p in block.parameters())], allow_unused=True)])
+    for one, other in zip(*results):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
