@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Scheme": "scheme",
+    "Training": "scheme",
     "PRESETS": "scheme",
     "BitlmConfig": "hf",
     "quantize": "quantize",
@@ -26,7 +27,12 @@ _HOMES = {
 }
 
 
+_PACKAGES = ("train",)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"bitlm.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'bitlm' has no attribute {name!r}")
     value = getattr(import_module(f"bitlm.{_HOMES[name]}"), name)
@@ -35,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_PACKAGES})
 
 
 class _Package(ModuleType):
@@ -49,5 +55,5 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 bitlm_autoload.install()
 
-__all__ = ["PRESETS", "BitlmConfig", "Scheme", "__version__", "activations", "pack", "quantize",
-           "set_activation"]
+__all__ = ["PRESETS", "BitlmConfig", "Scheme", "Training", "__version__", "activations", "pack",
+           "quantize", "set_activation", "train"]

@@ -28,8 +28,9 @@ def set_activation(model: nn.Module, mode: str, pattern: str | None = None) -> N
     None: all. Tied weights go together. What `save_pretrained` writes is the mode in force.
 
     Raises SchemeError for an unknown mode, ValueError for a pattern that matches no packed layer,
-    for a dense model, and for a low-bit mode that would reach packed embeddings: those modes are
-    for layers that were trained with them. The model is then as before.
+    for a dense model, and for a low-bit mode that would reach packed embeddings, or layers with a
+    quantizer of their inputs: those modes are for layers that were trained with them, and the
+    quantizer says how. The model is then as before.
     """
     Scheme(activation=mode)
     packed = packed_weights(model)
@@ -48,6 +49,10 @@ def set_activation(model: nn.Module, mode: str, pattern: str | None = None) -> N
     if mode in LOW_BIT_ACTIVATIONS and tables:
         raise ValueError(f"activation {mode} is for layers trained with it, {tables[0]} is looked "
                          "up: name the layers by a pattern")
+    for name in chosen if mode in LOW_BIT_ACTIVATIONS else ():
+        if getattr(model.get_submodule(name.rpartition(".")[0]), "input", None) is not None:
+            raise ValueError(f"activation {mode}: the quantizer of the input says which levels "
+                             f"{name} gets; use float, int16 or int8")
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if hasattr(config, "set_activation"):
         # Read again, a tied weight has what is said of the one that it is tied to.

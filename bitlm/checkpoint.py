@@ -35,6 +35,11 @@ LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 SHOWN = 5
 
 _TENSOR = re.compile(r"\.((?:plane|chain)\d+\.\w+|(?:low_rank|salient)\.\w+|shift|input_scales)$")
+# Of the quantizers of a layer's input, of attention and, in training, of weights, and of
+# attention's estimators.
+_QUANTIZER = re.compile(r"\.(?:(?:input|quantizers\.(?:query|key|value|probabilities))\."
+                        r"(?:step|move|minimum|initialised)|estimators\.\w+(?:\.\w+)?"
+                        r"|quantizer\.(?:scales|second_scales|mask|codes|zeros))$")
 
 
 class CheckpointError(ValueError):
@@ -129,6 +134,29 @@ def split_name(key: str) -> tuple[str, str]:
     return (key[:match.start()], match[1]) if match else (key, "")
 
 
+def of_quantizer(key: str) -> bool:
+    """Tell whether a tensor belongs to a quantizer, or to estimators."""
+    return bool(_QUANTIZER.search(key))
+
+
+def check_quantizers(planned: Mapping[str, Tensor], found: Mapping[str, Header]) -> list[str]:
+    """Return what is wrong with the tensors of quantizers in the files, one sentence each.
+
+    planned: as they stand in the model. found: by the model's own names.
+    """
+    problems = [f"{name} is in the file, but config.json asks for no such quantizer"
+                for name in found if name not in planned]
+    for name, tensor in planned.items():
+        header = found.get(name)
+        if header is None:
+            problems.append(f"{name} is missing")
+        elif header.shape != tuple(tensor.shape) or header.dtype != tensor.dtype:
+            has, wanted = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+                           for t in (header, tensor))
+            problems.append(f"{name} is {has}, expected {wanted}")
+    return problems
+
+
 def verify(entries: Mapping[str, Entry], found: Mapping[str, Mapping[str, Header]],
            problems: Iterable[str] = ()) -> None:
     """Check that the files hold just the planned tensors, with the planned shapes and dtypes.
@@ -157,7 +185,7 @@ def raise_problems(problems: list[str]) -> None:
         more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise CheckpointError("the files of this checkpoint do not fit its config.json:\n  "
                               + "\n  ".join(problems[:SHOWN]) + more
-                              + "\nDownload it again, or write it again with `bitlm quantize`.")
+                              + "\nDownload it again, or write it again.")
 
 
 def deep_verify(directory: str | os.PathLike) -> list[str]:

@@ -10,24 +10,36 @@ from .weight import PackedWeight
 
 
 class PackedLinear(nn.Linear):
-    """An nn.Linear whose `weight` is a PackedWeight; isinstance(layer, nn.Linear) stays true."""
+    """An nn.Linear whose `weight` is a PackedWeight; isinstance(layer, nn.Linear) stays true.
+
+    input: the quantizer of its inputs (quantizers.py), or None.
+    """
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None,
-                 dense: nn.Module | None = None) -> None:
+                 dense: nn.Module | None = None, input: nn.Module | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
+        self.register_module("input", input)
         _keep_dense(self, dense)
 
     def forward(self, x: Tensor) -> Tensor:
         # As attributes they would cost a microsecond, and so would a call that asks for hooks.
-        weight = self._modules["weight"]
-        if weight._forward_pre_hooks or weight._forward_hooks or is_compiling():
-            return weight(x, self._parameters["bias"])
-        return weight.forward(x, self._parameters["bias"])
+        weight, bias = self._modules["weight"], self._parameters["bias"]
+        quantizer = self._modules["input"]
+        if quantizer is None:
+            if weight._forward_pre_hooks or weight._forward_hooks or is_compiling():
+                return weight(x, bias)
+            return weight.forward(x, bias)
+        if not weight.reads_x or weight.activation != "float":
+            return weight(quantizer(x), bias)
+        if _kernel_rounds(x, quantizer):
+            moved, step = quantizer(x, levels=False)
+            return weight(moved, bias, None, quantizer.mode, step)
+        return weight(quantizer(x), bias, None, quantizer.exact)
 
     def reset_parameters(self) -> None:
         """Keep the stored codes: there is nothing to draw anew."""
@@ -60,6 +72,17 @@ class PackedEmbedding(nn.Embedding):
         """Keep the stored codes: there is nothing to draw anew."""
 
 
+def _kernel_rounds(x: Tensor, quantizer: nn.Module) -> bool:
+    """Tell whether the op can round x as the quantizer does: then kernels work on few bits.
+
+    Its gradient knows nothing of the quantizer's, and autocast would change x first.
+    """
+    if not quantizer.mode or torch.is_autocast_enabled(x.device.type):
+        return False
+    return not torch.is_grad_enabled() or not (
+        x.requires_grad or any(p.requires_grad for p in quantizer.parameters()))
+
+
 def _keep_dense(packed: nn.Module, dense: nn.Module | None) -> None:
     """Remember the emptied dense layer, for `uninstall`, without making it a submodule."""
     if dense is not None:
@@ -73,12 +96,14 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def install(model: nn.Module, name: str, weight: PackedWeight) -> None:
+def install(model: nn.Module, name: str, weight: PackedWeight, input: nn.Module | None = None
+            ) -> None:
     """Replace the dense weight `name` ("model.layers.0.mlp.up_proj.weight") of `model`, in place.
 
     Linear layers, Conv1D and embeddings become packed layers; any other owner (fused experts) keeps
-    its class and gets the PackedWeight in the place of the Parameter. Raises ValueError when the
-    shapes differ.
+    its class and gets the PackedWeight in the place of the Parameter. input: the quantizer of the
+    inputs of a linear layer. Raises ValueError when the shapes differ, and for an owner that takes
+    no quantizer.
     """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
@@ -88,8 +113,12 @@ def install(model: nn.Module, name: str, weight: PackedWeight) -> None:
         shape = (shape[0], shape[2], shape[1])
     if shape != tuple(weight.shape):
         raise ValueError(f"{name} is {list(shape)}, its packed form {list(weight.shape)}")
-    if leaf == "weight" and (isinstance(owner, nn.Linear) or is_conv1d(owner)):
-        _replace(model, path, owner, PackedLinear(weight, owner.bias, owner))
+    linear = leaf == "weight" and (isinstance(owner, nn.Linear) or is_conv1d(owner))
+    if input is not None and not linear:
+        raise ValueError(f"{name} is of a {type(owner).__name__}, which takes no quantizer of its "
+                         "inputs: only linear layers do")
+    if linear:
+        _replace(model, path, owner, PackedLinear(weight, owner.bias, owner, input))
     elif leaf == "weight" and isinstance(owner, nn.Embedding):
         scale, rounded = _scale(owner, name), isinstance(getattr(owner, "embed_scale", 1.0), Tensor)
         _replace(model, path, owner,
@@ -100,7 +129,10 @@ def install(model: nn.Module, name: str, weight: PackedWeight) -> None:
 
 
 def uninstall(model: nn.Module, name: str) -> None:
-    """Put the dequantized dense weight back in the place of the packed weight `name`."""
+    """Put the dequantized dense weight back in the place of the packed weight `name`.
+
+    A quantizer of the layer's inputs goes: a dense layer has none.
+    """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     weight: PackedWeight = getattr(owner, leaf)

@@ -12,7 +12,7 @@ from torch import nn
 
 from .methods import registry
 from .ops.form import Form, axis_lengths, row
-from .scheme import LOW_BIT_ACTIVATIONS, Scheme
+from .scheme import LOW_BIT_ACTIVATIONS, Attention, Scheme
 from .targets import Skipped, Target, compile_pattern, find
 
 
@@ -100,12 +100,15 @@ class Request:
     scheme: of every linear weight. overrides: regular expression -> scheme fields that replace
     those of `scheme` where it is found in a name; later ones win. skip: regular expressions of
     names that stay dense. embeddings: scheme of token embeddings and output head, or None.
+    attention: regular expression -> how the attention modules in whose name it is found round their
+    operands, None: not; later ones win.
     """
 
     scheme: Scheme
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
     embeddings: Scheme | None = None
+    attention: dict[str, Attention | None] = field(default_factory=dict)
 
     def scheme_for(self, target: Target) -> Scheme:
         """Return the scheme of one target, overrides applied."""
@@ -173,6 +176,9 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
             raise ValueError(f"{entry.name} is looked up, not multiplied: activation "
                              f"{entry.scheme.activation} is for the layers trained with it "
                              f"(--override RE=activation:{entry.scheme.activation})")
+        if entry.scheme.input is not None and entry.target.role in ("embedding", "experts"):
+            raise ValueError(f"{entry.name} takes no quantizer of its inputs: give it to linear "
+                             "layers alone, by the patterns of overrides")
     numel, size = _totals(model, exclude=())
     dense_numel, dense_bytes = _totals(model, exclude=list(by_name))
     return Plan(entries, tuple(skipped), dense_bytes, dense_numel, size)

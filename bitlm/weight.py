@@ -22,17 +22,31 @@ from .ops.stored import RELEASES, Stored
 from .ops.structs import ACTIVATIONS
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+# Tensors that something else than x is multiplied by, or only some columns of it.
+_OF_OTHER_INPUTS = ("chain", "low_rank", "input_scales")
 
 
-class TensorHolder(nn.Module):
-    """A module whose float tensors keep their stored dtype when the model is cast.
-
-    On the CPU its tensors may be away while the prepared weight is in use (ops/stored.py): whoever
-    asks for them, as a parameter, a state or an attribute, brings them back.
-    """
+class KeepsDtype(nn.Module):
+    """A module whose float tensors keep their stored dtype when the model is cast."""
 
     # transformers' `init.*` functions skip what carries this mark: stored codes are never re-drawn.
     _is_hf_initialized = True
+
+    def _apply(self, fn, recurse: bool = True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class TensorHolder(KeepsDtype):
+    """A module whose tensors may be away, on the CPU, while the prepared weight is in use.
+
+    Whoever asks for them, as a parameter, a state or an attribute, brings them back
+    (ops/stored.py).
+    """
+
     _stored: Stored | None = None
 
     if RELEASES:
@@ -64,13 +78,6 @@ class TensorHolder(nn.Module):
             self._stored.drop_blob()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, fn, recurse: bool = True):
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
 
 class Term(TensorHolder):
     """One term of a packed weight (a plane, a chain, the salient entries): its tensors by name."""
@@ -98,6 +105,9 @@ class PackedWeight(TensorHolder):
         self._text = form.text  # kept: torch.compile warns of the cached function behind it
         self._dtype = dtype
         self.activation = "float"  # how its inputs are rounded: ops/rounding.py
+        # Whether all codes read x itself, so that rounding what they read is rounding x.
+        self.reads_x = not any(n.startswith(_OF_OTHER_INPUTS) or n.endswith("columns") or
+                               n.endswith("column_scales") for n in form.names)
         self.blob: Tensor | None = None  # the prepared weight, for graphs (ops/stored.py)
         for name in form.names:
             term, _, leaf = name.rpartition(".")
@@ -193,28 +203,34 @@ class PackedWeight(TensorHolder):
         return ops.dequantize(tensors, self._text, dtype or self._dtype)
 
     def forward(self, x: Tensor | None = None, bias: Tensor | None = None,
-                offsets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+                offsets: Tensor | None = None, activation: str | None = None,
+                step: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return x @ W.T + bias; for integer x the rows x of W, as an embedding does.
 
         Without x the weight's own tensors (shift, input_scales), as `Term` does.
 
         x: float [..., K] or int [...]. bias: [N] ([E, N] with experts). offsets: see
-        ops.reference.packed_linear. Callers must call the module, not this method: offload hooks
-        hang on the call or replace `forward` (see PackedLinear).
+        ops.reference.packed_linear. activation, step: how this call rounds x, in place of the
+        weight's own mode: see ops.rounding.rounded. Callers must call the module, not this method:
+        offload hooks hang on the call or replace `forward` (see PackedLinear).
         """
         if x is None:
             return dict(self._parameters)
+        activation = activation or self.activation
         if is_compiling():
             # A graph has no place for looking whether the tensors are still the same: what changes
             # them drops the blob. An exported graph keeps the tensors, which any machine can read.
             if self.blob is not None and not is_exporting() and takes(x, bias):
-                return ops.prepared_linear(x, self.blob, self.form.rows, bias, offsets, None,
-                                           _NUMBERS[self.activation])
+                return ops.prepared_linear(x, self.blob, self.form.rows, bias, offsets, step,
+                                           _NUMBERS[activation])
         else:
             blob = (self._stored or self._store()).blob_for(x, bias)
             if blob is not None:
                 try:
-                    return call(x, blob, self.form.rows, bias, offsets, _NUMBERS[self.activation])
+                    if step is not None:
+                        return ops.prepared_linear(x, blob, self.form.rows, bias, offsets, step,
+                                                   _NUMBERS[activation])
+                    return call(x, blob, self.form.rows, bias, offsets, _NUMBERS[activation])
                 except RuntimeError:
                     if self._stored.in_order():
                         raise
@@ -224,12 +240,12 @@ class PackedWeight(TensorHolder):
                                "meta: its tensors have not been loaded, or are offloaded")
         if not x.is_floating_point():
             return ops.packed_embedding(x, tensors, self._text, self._dtype)
-        if forward_ad._current_level >= 0 and offsets is None and self.activation == "float":
+        if forward_ad._current_level >= 0 and offsets is None and activation == "float":
             # The ops have no forward-mode gradient, and would drop it without a word.
             return linear(x, self.dequantize(x.dtype), bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return ops.packed_linear(x, tensors, self._text, bias, offsets, self.activation)
+        return ops.packed_linear(x, tensors, self._text, bias, offsets, activation, step)
 
     def prepare(self) -> bool:
         """Bring the weight into the form that CPU kernels read, now rather than at the first call.
@@ -288,4 +304,4 @@ def from_encoded(tensors: dict[str, Tensor], shape: tuple[int, int], group_size:
     return PackedWeight(tensors, Form(*shape, tuple(tensors), group_size, plane_ratio), dtype)
 
 
-__all__ = ["PackedWeight", "Term", "from_encoded", "stack_experts"]
+__all__ = ["KeepsDtype", "PackedWeight", "Term", "from_encoded", "stack_experts"]

@@ -27,6 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "modules": {"weight"},
     "targets": {"modules"},
     "activations": {"scheme", "modules", "targets"},
+    "placement": {"scheme"},
+    "quantizers": {"scheme", "ops", "weight"},
+    "attention": {"scheme", "weight", "quantizers"},
     "methods": {"scheme", "ops"},
     "plan": {"scheme", "targets", "ops", "methods"},  # the registry says a method's alphabet
     "packing": {"plan", "methods", "weight"},
@@ -36,17 +39,20 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"scheme", "plan", "verdict"},
     "source": {"checkpoint", "targets"},
     "output": {"source", "job"},
-    "hf": FORM | {"bitlm", "checkpoint"},
+    # What training needs of the architectures' loader, `bitlm` hands on lazily.
+    "train": FORM | {"bitlm", "placement", "quantizers", "attention", "job", "output", "source"},
+    # `train` lazily, to open a model in training again.
+    "hf": FORM | {"bitlm", "checkpoint", "quantizers", "attention", "train"},
     "evaluate": {"scheme", "weight", "plan", "hf", "report", "source", "activations"},
     "run": RUN,
     "quantize": RUN | {"bitlm", "run", "report", "hf", "source", "verdict"},
     "cli": RUN | {"bitlm", "activations", "checkpoint", "evaluate", "hf", "quantize", "report",
-                  "run", "source", "verdict"},
+                  "run", "source", "train", "verdict"},
 }
 # Libraries of others that a part must not need at all.
 NO_LIBRARIES = ("scheme",)
 ONLY_TORCH = ("ops", "weight", "modules", "targets", "activations", "methods", "plan", "packing")
-HEAVY = ("datasets", "gguf", "rouge_score", "lm_eval", "matplotlib", "sklearn", "scipy", "peft")
+HEAVY = ("datasets", "gguf", "rouge_score", "lm_eval", "matplotlib", "sklearn", "scipy", "peft", "sacrebleu")
 
 
 @cache

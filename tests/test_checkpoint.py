@@ -186,7 +186,7 @@ def test_one_expert_is_missing(name, tmp_path):
     ({"scheme": {"method": "binary"}}, "plane0.mask is not part"),
     ({"skip": ["layers.0"]}, "leaves model.layers.0"),
     ({"embeddings": {"method": "binary"}}, "embed_tokens.weight is dense in the file"),
-    ({"format_version": 2}, "pip install -U bitlm"),
+    ({"format_version": 3}, "pip install -U bitlm"),
     ({"scheme": {"method": "ternary", "novelty": 1}}, "unknown scheme key 'novelty'"),
     ({"novelty": 1}, "unknown key 'novelty'"),
     ({"scheme": {"method": "octal"}}, "unknown method 'octal'"),

@@ -17,7 +17,7 @@ import pytest
 import bitlm
 
 ROOT = Path(__file__).parent.parent
-CHECKOUT = ("pyproject.toml", "README.md", "LICENSE", "bitlm", "bitlm_autoload.py")
+CHECKOUT = ("pyproject.toml", "README.md", "LICENSE", "bitlm", "bitlm_autoload.py", "recipes")
 
 
 @pytest.fixture
@@ -61,8 +61,10 @@ def test_a_wheel_holds_the_package_and_nothing_else(build):
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bitlm").rglob("*")
              if path.is_file() and "__pycache__" not in path.parts
              and ROOT / "bitlm" / "native" not in path.parents}
-    assert inside == files | {"bitlm_autoload.py"}
-    assert {"bitlm/verdict.txt", "bitlm/demo/model.safetensors"} <= inside
+    recipes = {f"bitlm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.*")}
+    assert inside == files | recipes | {"bitlm_autoload.py"}
+    assert {"bitlm/verdict.txt", "bitlm/demo/model.safetensors",
+            "bitlm/recipes/glue.py", "bitlm/recipes/glue.toml"} <= inside
 
 
 def test_the_checkout_of_an_editable_installation_may_go(build, checkout):

@@ -11,13 +11,23 @@ import sys
 import pytest
 
 from bitlm.methods import method
-from bitlm.scheme import PRESETS, Scheme, SchemeError, embedding_scheme, grid, preset
+from bitlm.scheme import (
+    LOW_BIT_ACTIVATIONS,
+    PRESETS,
+    Attention,
+    Quantizer,
+    Scheme,
+    SchemeError,
+    embedding_scheme,
+    grid,
+    preset,
+)
 
 OTHER = {"method": "salient", "planes": 3, "group_size": 64, "center": "shift", "levels": "twn",
          "refit": 4, "compensate": True, "scales_from": "compensated", "damp": 0.05, "salient": 0.1,
          "salient_layout": "columns", "salient_metric": "hessian", "salient_scope": "tensor",
          "salient_statistics": "diluted", "trits": True, "scale_dtype": "float32",
-         "activation": "int8"}
+         "activation": "int8", "input": {"kind": "elastic", "bits": 2, "ranges": "bit"}}
 WRONG = {
     "method": [3, None, ["binary"]],
     "planes": [0, 9, 1.5, "2", True, None],
@@ -34,6 +44,7 @@ WRONG = {
     "trits": [0, "no", None],
     "scale_dtype": ["bfloat16", None, 16],
     "activation": ["int4", "INT8", None, 8, ["int8"]],
+    "input": [3, "int8", True, ["elastic"]],
 }
 FIELDS = [field.name for field in dataclasses.fields(Scheme)]
 
@@ -71,10 +82,77 @@ def test_unknown_keys_are_errors():
             make({"group": 64})
 
 
+QUANTIZER = {"kind": "elastic", "bits": 2, "signed": False, "ranges": "bit", "minimum": True,
+             "move": True}
+
+
+@pytest.mark.parametrize("data", [
+    QUANTIZER, {"kind": "dynamic", "bits": 8, "signed": False, "per": "tensor", "clip": 2.5},
+    {"kind": "threshold", "bits": 1, "threshold": 0.5, "rescale": "mean"}])
+def test_quantizers_round_trip(data):
+    assert Quantizer(**data).to_dict() == data
+    assert Quantizer.from_dict(json.loads(json.dumps(data))) == Quantizer(**data)
+    assert Quantizer().to_dict() == {"kind": "elastic", "bits": 1}
+
+
+@pytest.mark.parametrize("data, words", [
+    ({"kind": "lsq"}, "^kind is 'lsq': use one of elastic, dynamic, threshold"),
+    ({"kind": ["elastic"]}, "^kind is "),
+    ({"bits": 4}, "^bits is 4: use 1 or 2 for kind elastic"),
+    ({"bits": True}, "^bits is True"), ({"bits": "1"}, "^bits is '1'"),
+    ({"kind": "dynamic"}, "^bits is 1: use 8 for kind dynamic"),
+    ({"signed": 1}, "^signed is 1: use true or false"), ({"move": "no"}, "^move is 'no'"),
+    ({"ranges": "bipft"}, "^ranges is 'bipft'"),
+    ({"minimum": True}, "^minimum is True: only unsigned quantizers of 2 bits"),
+    ({"kind": "dynamic", "bits": 8, "move": True}, "^move is True: kind dynamic has no such field"),
+    ({"clip": 2.5}, "^clip is 2.5: kind elastic has no such field"),
+    ({"kind": "dynamic", "bits": 8, "clip": -1}, "^clip is -1: use a number from 0"),
+    ({"kind": "threshold", "threshold": 2}, "^threshold is 2: use a number from 0 to 1"),
+    ({"kind": "threshold", "signed": False}, "^signed is False: kind threshold has no such field"),
+    ({"kind": "threshold", "rescale": "max"}, "^rescale is 'max'"),
+    ({"per": "row"}, "^per is 'row'"),
+    ({"steps": 1}, "unknown quantizer key 'steps': the keys are kind, bits, "),
+])
+def test_wrong_quantizers(data, words):
+    with pytest.raises(SchemeError, match=words):
+        Quantizer.from_dict(data)
+    with pytest.raises(SchemeError, match=words):
+        Scheme(input=data)
+
+
+def test_attention_round_trips():
+    data = {"query": QUANTIZER, "value": {"kind": "dynamic", "bits": 8}, "scale_query": True,
+            "estimators": 2}
+    attention = Attention.from_dict(json.loads(json.dumps(data)))
+    assert attention.query == Quantizer(**QUANTIZER) and attention.key is None
+    assert attention.to_dict() == data and Attention().to_dict() == {}
+    assert hash(attention) == hash(Attention(**data))
+
+
+@pytest.mark.parametrize("data, words", [
+    ({"query": 8}, "^query is 8: use a Quantizer, its dict or None"),
+    ({"key": {"bits": 3}}, "^bits is 3"),
+    ({"probabilities": {"move": True}}, "^move is True: probabilities have no channels"),
+    ({"scale_query": 0}, "^scale_query is 0"), ({"estimators": -1}, "^estimators is -1"),
+    ({"keys": {}}, "unknown attention key 'keys'"),
+])
+def test_wrong_attention(data, words):
+    with pytest.raises(SchemeError, match=words):
+        Attention.from_dict(data)
+
+
+@pytest.mark.parametrize("mode", LOW_BIT_ACTIVATIONS)
+def test_levels_are_said_once(mode):
+    with pytest.raises(SchemeError, match="the quantizer of the input says which levels"):
+        Scheme(activation=mode, input=Quantizer())
+    assert Scheme(input=Quantizer()).replace(input=None).replace(activation=mode).input is None
+
+
 def test_a_scheme_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Scheme().planes = 2
     assert len({Scheme(), Scheme(planes=1), Scheme(planes=2)}) == 2
+    assert len({Scheme(input={"bits": 2}), Scheme(input=Quantizer(bits=2)), Scheme()}) == 2
 
 
 @pytest.mark.parametrize("size, columns, expected", [

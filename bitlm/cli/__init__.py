@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from .errors import exit_code_of
 
-COMMANDS = ("quantize", "evaluate", "inspect", "generate", "chat", "doctor", "demo")
+COMMANDS = ("quantize", "distill", "evaluate", "inspect", "generate", "chat", "doctor", "demo")
 
 
 class Group(TyperGroup):

@@ -1,7 +1,8 @@
-"""`bitlm evaluate`: measure a model on a text, alone or against its dense original."""
+"""`bitlm evaluate`: measure a model on a text or a task, alone or against its dense original."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,37 +11,119 @@ import typer
 from .errors import UsageError
 from .output import ActivationOption
 
-TASKS = ("perplexity",)
 _LONGEST = 2048  # the default context of models that read more
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    task: Annotated[str, typer.Option(help="What to measure: perplexity.")] = "perplexity",
-    data: Annotated[str, typer.Option(help="Text: .txt, .jsonl, .parquet file, or hub id.")] = "",
+    model: Annotated[str, typer.Argument(
+        help="Model folder or hub id; for glue also a folder with a model for each task.")],
+    task: Annotated[str, typer.Option(
+        help="What to measure: perplexity, glue, glue/NAME, summarization, xsum, cnn_dailymail, "
+             "translation, wmt16/en-ro, or lm:TASK of lm-eval.")] = "perplexity",
+    data: Annotated[str, typer.Option(
+        help="File, folder of split files, or hub id; a text (.txt, .jsonl, .parquet) for "
+             "perplexity (default: the task's own hub id).")] = "",
+    split: Annotated[str | None, typer.Option(
+        help="Split (default: validation for glue, else test where there is one).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N rows.", min=1)] = None,
+    columns: Annotated[str | None, typer.Option(
+        help="FIELD=COLUMN,...: names of columns that differ from the task's (sentence, label, "
+             "document, summary, source, target, ...).")] = None,
     context: Annotated[int | None, typer.Option(
-        help=f"Tokens in a window (default: what the model reads, at most {_LONGEST}).",
+        help=f"Perplexity: tokens in a window (default: what the model reads, at most {_LONGEST}).",
         min=2)] = None,
     windows: Annotated[int | None, typer.Option(
-        help="Use only the first N windows.", min=1)] = None,
-    against: Annotated[str, typer.Option(help="Dense model: adds KL divergence, top-1 agreement "
-                                              "and logit error.")] = "",
+        help="Perplexity: use only the first N windows.", min=1)] = None,
+    field: Annotated[str | None, typer.Option(
+        help="Perplexity: field of the text in json and hub data (default: text).")] = None,
+    against: Annotated[str, typer.Option(
+        help="Dense model: adds its scores and the differences; for perplexity KL divergence, "
+             "top-1 agreement and logit error.")] = "",
     activation: ActivationOption = None,
-    field: Annotated[str, typer.Option(help="Field of the text in json and hub data.")] = "text",
+    batch_size: Annotated[int | None, typer.Option(help="Inputs that run together.", min=1)] = None,
+    max_input: Annotated[int | None, typer.Option(
+        help="Tokens of an input at most (default: 128 for glue, else 1024).", min=1)] = None,
+    beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy.", min=1)] = None,
+    length_penalty: Annotated[float | None, typer.Option(
+        help="Exponent of the length in beam search.")] = None,
+    min_length: Annotated[int | None, typer.Option(
+        help="Tokens to write at least.", min=0)] = None,
+    max_length: Annotated[int | None, typer.Option(
+        help="Tokens to write at most.", min=2)] = None,
+    prefix: Annotated[str | None, typer.Option(
+        help="Text before each input (default: T5's own instruction).")] = None,
+    source: Annotated[str | None, typer.Option(
+        help="Language to translate from, as en or, with the tokenizer's own code, "
+             "en:eng_Latn.")] = None,
+    target: Annotated[str | None, typer.Option(help="Language to translate into.")] = None,
+    include: Annotated[str | None, typer.Option(
+        help="lm-eval: folder of task YAML files of your own.")] = None,
+    shots: Annotated[int | None, typer.Option(
+        help="lm-eval: examples in the prompt (default: the task's).", min=0)] = None,
+    resamples: Annotated[int | None, typer.Option(
+        help="Resamples of the confidence intervals; 0 for none (default: 1000).", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the resamples (default: 0).",
+                                             min=0)] = None,
+    predictions: Annotated[Path | None, typer.Option(
+        help="Write what the model predicts for each row to this jsonl file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
 ) -> None:
-    """Measure a model on a text."""
-    if task not in TASKS:
-        raise UsageError(f"unknown task {task!r}: the tasks are {', '.join(TASKS)}")
+    """Measure a model on a text or a task."""
+    from ..evaluate import tasks
+    from .output import check_target, console, write_json
+
+    options = tasks.Options(
+        split=split, limit=limit, batch_size=batch_size, max_input=max_input,
+        columns=_columns(columns), beams=beams, length_penalty=length_penalty,
+        min_length=min_length, max_length=max_length, prefix=prefix, source=source, target=target,
+        include=include, shots=shots, resamples=resamples, seed=seed)
+    for path in (json, predictions):
+        if path:
+            check_target(path)
+    try:
+        chosen = tasks.find(task)
+        if chosen.kind == "perplexity":
+            tasks.check_options(chosen, options, {"predictions": predictions})
+            found = _perplexity(model, data, against, activation, context, windows,
+                                field or "text", batch_size)
+        else:
+            tasks.check_options(chosen, options, {"context": context, "windows": windows,
+                                                  "field": field})
+            # The data first: a wrong path should not cost the loading of a model.
+            work = tasks.prepare(chosen, data, options)
+            found = _task(model, task, work, against, activation, predictions)
+    except tasks.TaskError as error:
+        raise UsageError(str(error)) from None
+    result, shown, card_rows = found
+    console().print(shown)
+    if json:
+        write_json(json, result | _versions())
+    if _add_to_card(Path(model), card_rows):
+        console().print(f"added to {Path(model) / 'README.md'}")
+
+
+Found = tuple[dict[str, Any], Any, list[dict[str, str]]]  # JSON, table, rows of the model card
+
+
+def _columns(text: str | None) -> dict[str, str] | None:
+    """Return columns by field of `FIELD=COLUMN,...`; UsageError for anything else."""
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(field.strip() and column.strip() for field, _, column in pairs):
+        raise UsageError(f"--columns {text}: expected FIELD=COLUMN,FIELD=COLUMN")
+    return {field.strip(): column.strip() for field, _, column in pairs}
+
+
+def _perplexity(model: str, data: str, against: str, activation: str | None, context: int | None,
+                windows: int | None, field: str, batch_size: int | None) -> Found:
     if not data:
         raise UsageError("name a text: --data FILE.txt, FILE.jsonl or a hub id")
     from ..calibration.text import check_ids, read_texts, token_windows
     from ..evaluate import language
-    from ..evaluate.load import LoadError, load_model
-    from .output import activations_of, check_target, console, progress_bar, write_json
+    from ..evaluate.load import load_model
+    from .output import activations_of, progress_bar
 
-    if json:
-        check_target(json)
     # The text first: a wrong path should not cost the loading of a model.
     texts = read_texts(data, field=field, split="test")
     tested, tokenizer = load_model(model, activation=activation)
@@ -48,30 +131,24 @@ def evaluate(
     if against:
         dense, dense_tokenizer = load_model(against)
         tokenizer = tokenizer or dense_tokenizer
-    if tokenizer is None:
-        raise LoadError(f"{model} has no tokenizer: copy the files tokenizer* of the dense model "
-                        "into its folder")
+    _need(tokenizer, model)
     length = context or min(language.context_length(tested) or _LONGEST, _LONGEST)
     ids = token_windows(tokenizer, texts, length, windows, seed=None)
     check_ids(ids, language.vocabulary(tested), tokenizer)
     with progress_bar("windows") as progress:
         if dense is None:
-            result: dict[str, Any] = vars(language.perplexity(tested, ids, progress=progress))
+            result: dict[str, Any] = vars(language.perplexity(tested, ids, batch_size, progress))
         else:
-            found = language.compare(tested, dense, ids, progress=progress)
+            found = language.compare(tested, dense, ids, batch_size, progress)
             result = vars(found.packed) | {
                 "against": against, "dense_perplexity": found.dense.perplexity, "kl": found.kl,
                 "top1": found.top1, "logit_error": found.logit_error}
     modes = {"activations": activations_of(tested)} if activations_of(tested) else {}
-    result = {"model": model, "task": task, "data": data} | modes | result
-    console().print(_table(result))
-    if json:
-        write_json(json, result | _versions())
-    if _add_to_card(Path(model), result):
-        console().print(f"added to {Path(model) / 'README.md'}")
+    result = {"model": model, "task": "perplexity", "data": data} | modes | result
+    return result, _perplexity_table(result), [_perplexity_row(result)]
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _perplexity_table(result: dict[str, Any]) -> Any:
     from .output import table
 
     rows = [("data", result["data"]),
@@ -87,23 +164,99 @@ def _table(result: dict[str, Any]) -> Any:
     return table(("", result["model"]), rows)
 
 
-def _add_to_card(folder: Path, result: dict[str, Any]) -> bool:
-    """Add the result to the model card of a packed folder; tell whether there was one."""
+def _perplexity_row(result: dict[str, Any]) -> dict[str, str]:
+    data = Path(result["data"])
+    row = {"Task": result["task"], "Data": data.name if data.exists() else result["data"],
+           "Context": str(result["context"]), "Tokens": f"{result['tokens']:,}",
+           "Activations": result.get("activations", ""),
+           "Perplexity": f"{result['perplexity']:.4g}"}
+    if "kl" in result:
+        row |= {"Dense perplexity": f"{result['dense_perplexity']:.4g}",
+                "KL to dense": f"{result['kl']:.4g}", "Top-1 agreement": f"{result['top1']:.1%}"}
+    return row
+
+
+def _task(model: str, task: str, work: list[Any], against: str, activation: str | None,
+          predictions: Path | None) -> Found:
+    """Measure a model, then the dense one, so that neither counts in the other's memory."""
+    from ..evaluate import outcome
+    from ..source import resolve
+    from .output import table, write_text
+
+    if against:
+        resolve(against)  # a wrong path should not show after an hour
+    found, dense = _measure(model, work, activation), None
+    if predictions:
+        write_text(predictions, outcome.predictions(found))
+    if against:
+        dense = _measure(against, work, None)
+        if predictions:
+            write_text(predictions, outcome.predictions(found, dense))
+    return (outcome.to_dict(found, task, dense), table(*outcome.table(found, dense)),
+            outcome.card_rows(found, dense))
+
+
+def _measure(model: str, work: list[Any], activation: str | None) -> Any:
+    """Return what a model scores: of several tasks, those that it is for."""
+    from ..evaluate.language import EvaluationError
+    from ..evaluate.load import load_model
+    from ..evaluate.outcome import Outcome
+    from .output import activations_of, progress_bar
+
+    results, skipped = [], {}
+    place = loaded = tokenizer = None
+    for each in work:
+        wanted = _place(model, each.task)
+        if wanted != place:
+            loaded = tokenizer = None  # freed before the next one is loaded
+            loaded, tokenizer = load_model(wanted, activation=activation)
+            _need(tokenizer, wanted)
+            place = wanted
+        try:
+            if each.check:
+                each.check(loaded)
+        except EvaluationError as error:
+            if len(work) == 1:
+                raise
+            skipped[each.task] = str(error)
+            continue
+        with progress_bar(each.task) if each.tells else nullcontext() as progress:
+            results += [(each, result) for result in each.measure(loaded, tokenizer, progress)]
+    if not results:
+        raise EvaluationError(f"{model} is for none of these tasks: "
+                              + "; ".join(f"{task}: {why}" for task, why in skipped.items()))
+    return Outcome(model, results, skipped, activations_of(loaded))
+
+
+def _place(model: str, task: str) -> str:
+    """Return the model for a task: of a folder with a model for each task, its folder."""
+    own = Path(model) / task.rpartition("/")[2]
+    if (Path(model) / "config.json").exists() or not (own / "config.json").exists():
+        return model
+    return str(own)
+
+
+def _need(tokenizer: Any, model: str) -> None:
+    from ..evaluate.load import LoadError
+
+    if tokenizer is None:
+        raise LoadError(f"{model} has no tokenizer: copy the files tokenizer* of the dense model "
+                        "into its folder")
+
+
+def _add_to_card(folder: Path, rows: list[dict[str, str]]) -> bool:
+    """Add rows to the model card of a packed folder; tell whether there was one."""
     from ..evaluate.card import add_measurement
     from ..evaluate.load import packed_config
     from .output import write_text
 
-    card = folder / "README.md"
-    if not card.is_file() or packed_config(folder) is None:
+    path = folder / "README.md"
+    if not path.is_file() or packed_config(folder) is None:
         return False
-    data = Path(result["data"])
-    row = {"Task": result["task"], "Data": data.name if data.exists() else result["data"],
-           "Context": str(result["context"]), "Tokens": f"{result['tokens']:,}",
-           "Activations": result["activations"], "Perplexity": f"{result['perplexity']:.4g}"}
-    if "kl" in result:
-        row |= {"Dense perplexity": f"{result['dense_perplexity']:.4g}",
-                "KL to dense": f"{result['kl']:.4g}", "Top-1 agreement": f"{result['top1']:.1%}"}
-    write_text(card, add_measurement(card.read_text("utf-8"), row))
+    card = path.read_text("utf-8")
+    for row in rows:
+        card = add_measurement(card, row)
+    write_text(path, card)
     return True
 
 

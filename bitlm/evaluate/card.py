@@ -4,7 +4,7 @@ from __future__ import annotations
 
 HEADING = "## Measured"
 COLUMNS = ("Task", "Data", "Context", "Tokens", "Activations", "Perplexity", "Dense perplexity",
-           "KL to dense", "Top-1 agreement")
+           "KL to dense", "Top-1 agreement", "Scores", "Dense scores")
 _KEYS = ("Task", "Data", "Context", "Activations")  # they tell which row a measurement replaces
 
 

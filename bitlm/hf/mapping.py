@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..checkpoint import Header, split_name
+from ..checkpoint import Header, of_quantizer, split_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 class Found:
     """What the files hold, by the model's names.
 
-    packed: weight -> tensor -> header, experts and parts joined. dense: headers of other tensors.
+    packed: weight -> tensor -> header, experts and parts joined. quantizers: headers of the tensors
+    of quantizers and estimators. dense: headers of other tensors.
     guards: names of the zero-length guard tensors. strays: packed tensors in the files that no
     weight of this model takes. problems: what does not add up. prefix: (here, saved), what the
     names of this model and of the saved one begin with.
     """
 
     packed: dict[str, dict[str, Header]] = field(default_factory=dict)
+    quantizers: dict[str, Header] = field(default_factory=dict)
     dense: dict[str, Header] = field(default_factory=dict)
     guards: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
@@ -58,6 +60,8 @@ def find_tensors(model: PreTrainedModel, headers: dict[str, Header]) -> Found:
     joined = set()
     for key in sorted(headers, key=dot_natural_key):
         header = headers[key]
+        if of_quantizer(key):
+            continue
         disk, tensor = split_name(key)
         names, converted = namer.names(disk)
         if not tensor:
@@ -86,6 +90,9 @@ def find_tensors(model: PreTrainedModel, headers: dict[str, Header]) -> Found:
             else:
                 found.packed[name][tensor] = Header(headers_of[0].dtype, shape, headers_of[0].file)
     found.prefix = namer.prefix
+    here, saved = found.prefix
+    found.quantizers = {here + namer.plain(key).removeprefix(saved): header
+                        for key, header in headers.items() if of_quantizer(key)}
     return found
 
 
@@ -103,6 +110,10 @@ class _Namer:
         self.base = model.base_model_prefix
         self.prefix = ("", "")
         self._known: dict[str, tuple[list[str], bool]] = {}
+
+    def plain(self, disk: str) -> str:
+        """Return the name that transformers makes of one in the files, before any prefix."""
+        return rename_source_key(disk, self.renamings, self.converters)[0]
 
     def names(self, disk: str) -> tuple[list[str], bool]:
         """Return the model's names for a dense name in the files; tell if a converter takes it."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..modules import packed_weights
+from ..quantizers import quantizers
 from .tying import submodels
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def put_dense_first(model: PreTrainedModel) -> None:
 
 
 def _reorder(model: PreTrainedModel) -> None:
-    packed = {id(p) for weight in packed_weights(model).values() for p in weight.parameters()}
+    ours = (*packed_weights(model).values(), *quantizers(model).values())
+    packed = {id(p) for module in ours for p in module.parameters()}
     floats = [(name, id(parameter) not in packed) for name, parameter in model.named_parameters()
               if parameter.is_floating_point()]
     if not floats or floats[0][1]:

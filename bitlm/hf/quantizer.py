@@ -18,13 +18,15 @@ from transformers.core_model_loading import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint import CheckpointError, raise_problems, split_name
+from ..attention import install_attention, uninstall_attention
+from ..checkpoint import CheckpointError, of_quantizer, raise_problems, split_name
 from ..methods.registry import statistics_needed
-from ..modules import PackedEmbedding, install, packed_weights, uninstall
+from ..modules import PackedEmbedding, PackedLinear, install, packed_weights, uninstall
 from ..ops.form import check
 from ..packing import pack_weight
-from ..plan import Entry, make_plan
-from ..targets import EXPERT_LEAVES
+from ..plan import Entry, Request, make_plan
+from ..quantizers import ElasticQuantizer, quantizers
+from ..targets import EXPERT_LEAVES, Target
 from . import skeleton
 from .experts import use_packed_experts
 from .order import put_dense_first
@@ -38,6 +40,8 @@ class BitlmQuantizer(HfQuantizer):
     """Loads packed checkpoints, packs dense ones while they load, and saves packed models.
 
     pre_quantized: the checkpoint is packed. Otherwise each planned weight is encoded as it arrives.
+
+    In the training stage it prepares models in place of packing, and then leaves them: hf/training.
     """
 
     requires_calibration = False
@@ -49,6 +53,11 @@ class BitlmQuantizer(HfQuantizer):
         self.sizes_known = True
         self.errors: list[str] = []
         self.offloads = False
+        self.drawn: list[Entry] = []  # in training: planned, but not in the files
+
+    @property
+    def in_training(self) -> bool:
+        return self.quantization_config.stage == "training"
 
     # What transformers asks ---------------------------------------------------------------------
 
@@ -66,11 +75,6 @@ class BitlmQuantizer(HfQuantizer):
         return {"weight": [f"weight.{name}" for name in self.tensor_names]}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        if self.quantization_config.stage == "training":
-            raise NotImplementedError(
-                "this is a checkpoint in training (stage 'training'), which this version of bitlm "
-                "cannot open: finish it to a packed one with the version that trained it, or "
-                "pip install -U bitlm")
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         self.offloads = any(device not in (None, "cpu") for device in devices)
         if not self.pre_quantized and "disk" in devices:
@@ -91,7 +95,8 @@ class BitlmQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None
                       ) -> torch.dtype | None:
         # Stored scales keep their dtype, also where transformers keeps a module in float32 (T5).
-        if split_name(converter.target_patterns[0])[1]:
+        name = converter.target_patterns[0]
+        if split_name(name)[1] or of_quantizer(name):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -110,6 +115,11 @@ class BitlmQuantizer(HfQuantizer):
                                              **kwargs: Any) -> None:
         refuse_tensor_parallel(model)
         request = self.quantization_config.request
+        if self.in_training:
+            if self.pre_quantized:
+                from . import training
+                self.drawn = training.build(model, self.quantization_config, checkpoint_files)
+            return
         if not self.pre_quantized:
             entries = make_plan(model, request).by_name()
             needy = [e for e in entries.values() if statistics_needed(e.scheme) != "none"]
@@ -131,6 +141,13 @@ class BitlmQuantizer(HfQuantizer):
             raise ValueError(f"{len(self.errors)} weights could not be packed:\n  "
                              + "\n  ".join(self.errors[:5]))
         refuse_tensor_parallel(model)
+        if self.in_training:
+            from . import training
+            if self.pre_quantized:
+                training.complete(model, self.quantization_config, self.drawn)
+            else:
+                training.prepare(model, self.quantization_config)
+            return
         if self.pre_quantized:
             check_loaded(model)
         else:
@@ -138,6 +155,7 @@ class BitlmQuantizer(HfQuantizer):
             for name in list(self.entries):
                 path, _, leaf = name.rpartition(".")
                 self.pack(model, name, getattr(model.get_submodule(path), leaf))
+            add_quantizers(model, self.quantization_config.request)
         self.finish(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
@@ -151,9 +169,9 @@ class BitlmQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None
                     ) -> PreTrainedModel:
-        packed = packed_weights(model)
-        for name in packed:
+        for name in packed_weights(model):
             uninstall(model, name)
+        uninstall_attention(model)
         return model.to(dtype) if dtype is not None else model
 
     # What it does ------------------------------------------------------------------------------
@@ -165,6 +183,7 @@ class BitlmQuantizer(HfQuantizer):
         packed = pack_weight(entry, dense)
         install(model, name, packed.weight)
         twins = install_twins(model, name, tuple(self.quantization_config.skip))
+        rewrite_tied_keys(model)
         for other in (name, *twins):
             self.entries.pop(other, None)
         return [name, *twins]
@@ -172,6 +191,9 @@ class BitlmQuantizer(HfQuantizer):
     def finish(self, model: PreTrainedModel) -> None:
         """Bring a model whose packed weights are in place into the state of a loaded one."""
         freeze(model)
+        for module in quantizers(model).values():
+            if isinstance(module, ElasticQuantizer):
+                module.update_ready()
         use_packed_experts(model)
         refuse_resizing(model)
         put_dense_first(model)
@@ -183,13 +205,21 @@ class BitlmQuantizer(HfQuantizer):
             set_conversions(self, model)
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Make a model that was packed in memory like one that `from_pretrained` returned."""
+        """Make a model that was packed in memory like one that `from_pretrained` returned.
+
+        One that was prepared for training, if that is the stage.
+        """
+        if self.in_training:
+            from . import training
+            training.attach(model, self.quantization_config)
+            return
         skip = tuple(self.quantization_config.skip)
         for name in packed_weights(model):
             if tied_group(model, name)[0] == name:
                 install_twins(model, name, skip)
         rewrite_tied_keys(model)
         model.tie_weights(recompute_mapping=False)
+        add_quantizers(model, self.quantization_config.request)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = self.quantization_config.quant_method
@@ -226,11 +256,31 @@ class Encode(ConversionOps):
         return rest
 
 
+def add_quantizers(model: PreTrainedModel, request: Request) -> None:
+    """Give a model that was packed in memory the quantizers it lacks of those that are asked for.
+
+    Raises ValueError for a layer that has another one.
+    """
+    head = model.get_output_embeddings()
+    for name, weight in packed_weights(model).items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, PackedLinear):
+            continue
+        target = Target(name, *weight.shape, "head" if layer is head else "linear", weight.dtype)
+        entry = Entry(target, request.scheme_for(target))
+        if layer.input is None:
+            layer.input = skeleton.input_quantizer(entry, weight.device)
+        elif layer.input.spec != entry.scheme.input:
+            raise ValueError(f"{layer.input.name} is {layer.input.spec}, but the configuration "
+                             f"asks for {entry.scheme.input}")
+    install_attention(model, request.attention)
+
+
 def freeze(model: nn.Module) -> None:
-    """Keep gradients away from the stored tensors."""
-    for weight in packed_weights(model).values():
-        for parameter in weight.parameters():
-            parameter.requires_grad_(False)
+    """Keep gradients away from the stored tensors, and from the quantizers trained with them."""
+    tensors = [p for weight in packed_weights(model).values() for p in weight.parameters()]
+    for tensor in (*tensors, *skeleton.quantizer_tensors(model).values()):
+        tensor.requires_grad_(False)
 
 
 def prepare(model: nn.Module) -> None:
@@ -293,6 +343,9 @@ def check_loaded(model: PreTrainedModel) -> None:
         problems += [f"{name}.{text}" for text in check(
             weight.form, {n: tuple(t.shape) for n, t in tensors.items()},
             {n: t.dtype for n, t in tensors.items()})]
+    problems += [f"{name} was not loaded"
+                 for name, value in skeleton.quantizer_tensors(model).items()
+                 if not value.is_meta and not getattr(value, "_is_hf_initialized", False)]
     raise_problems(problems)
 
 
@@ -325,21 +378,21 @@ def refuse_tensor_parallel(model: PreTrainedModel) -> None:
                          'device_map="auto" to spread the layers over devices')
 
 
-def refuse_resizing(model: PreTrainedModel) -> None:
-    """Let `resize_token_embeddings` say that packed embeddings cannot be resized."""
+def refuse_resizing(model: PreTrainedModel, kind: type[nn.Embedding] = PackedEmbedding) -> None:
+    """Let `resize_token_embeddings` say that embeddings of a kind cannot be resized."""
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return
-    if isinstance(embeddings, PackedEmbedding):
+    if isinstance(embeddings, kind):
         model.resize_token_embeddings = partial(_resize, embeddings)
 
 
-def _resize(embeddings: PackedEmbedding, new_num_tokens: int | None = None,
-            pad_to_multiple_of: int | None = None, mean_resizing: bool = True) -> PackedEmbedding:
+def _resize(embeddings: nn.Embedding, new_num_tokens: int | None = None,
+            pad_to_multiple_of: int | None = None, mean_resizing: bool = True) -> nn.Embedding:
     rows = embeddings.num_embeddings
     if new_num_tokens in (None, rows) and rows % (pad_to_multiple_of or 1) == 0:
         return embeddings
-    raise ValueError(f"the {rows} token embeddings of this model are packed and cannot be resized: "
-                     "resize the dense model and quantize that, or quantize without --embeddings")
+    raise ValueError(f"the {rows} token embeddings of this model are quantized and cannot be "
+                     "resized: resize those of the dense model first, or leave embeddings dense")
 

@@ -57,7 +57,8 @@ def rewrite_tied_keys(model: PreTrainedModel) -> None:
 def install_twins(model: PreTrainedModel, name: str, skip: tuple[str, ...] = ()) -> list[str]:
     """Give the names tied to the packed weight `name` its tensors; return the names.
 
-    Names where a skip pattern is found stay dense, and are tied no longer.
+    Names where a skip pattern is found stay dense, and are tied no longer. `rewrite_tied_keys` has
+    to come after the last of them: it ends ties of which one side is still dense.
     """
     weight = model.get_submodule(name)
     twins = [other for other in tied_group(model, name)
@@ -68,7 +69,6 @@ def install_twins(model: PreTrainedModel, name: str, skip: tuple[str, ...] = ())
             install(model, other, twin(weight))
         elif owner.weight.form != weight.form:
             owner.weight = twin(weight)
-    rewrite_tied_keys(model)
     return twins
 
 

@@ -70,9 +70,9 @@ def test_schemes_that_need_calibration_are_refused_on_the_fly(tmp_path):
             tmp_path, quantization_config=BitlmConfig({"compensate": True}))
 
 
-def test_a_training_checkpoint_is_refused(llama):
+def test_packed_files_that_say_they_are_in_training(llama):
     edit(llama, stage="training")
-    with pytest.raises(NotImplementedError, match="in training"):
+    with pytest.raises(CheckpointError, match="is packed in the file, but .* stage 'training'"):
         AutoModelForCausalLM.from_pretrained(llama)
 
 

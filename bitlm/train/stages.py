@@ -1,0 +1,335 @@
+"""A recipe's work in stages: fine-tune the teacher, distil one student after the other, pack.
+
+    out/settings.json          what a resume must agree with
+    out/teacher/               model/ (dense), log.jsonl, result.json
+    out/w1a8/                  the same; model/ is a checkpoint in training
+    out/w1a1/ ...              each student is the next one's teacher and its first weights (BiT)
+    out/packed/                the last student, packed
+    out/result.json            metrics, settings, seconds
+
+A stage is done when its result.json is there; until then it has checkpoints/, from the newest of
+which it goes on when the same command is run again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    SchedulerType,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_tensorboard_available
+
+from .. import source
+from ..attention import Estimators
+from ..output import publish_modes, whole
+from ..quantizers import ActivationQuantizer
+from . import terms
+from .callbacks import JsonlLog, newest_checkpoint, seconds_of
+from .convert import finish, prepare
+from .distill import DistillTrainer, Seq2SeqDistillTrainer, check_tokenizers
+from .layers import fake_quant_layers
+from .recipe import RecipeError, Settings, plain
+from .schemes import request
+from .weights import WeightQuantizer
+from .work import LOG, RESULT, is_main, make, on_cpu, result, wait, work, write
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Job:
+    """What a recipe gives to `run`.
+
+    load: a folder or hub id -> the model, dense, in training or packed. tokenizer: of all models.
+    rows: training data. collate: model -> collator. measure: (model, quick) -> scores by name;
+    quick: while it trains. headline: the score that counts. lower: a smaller one is better.
+    """
+
+    load: Callable[[str], PreTrainedModel]
+    tokenizer: Any
+    rows: Sequence[dict[str, Any]]
+    collate: Callable[[PreTrainedModel], Callable]
+    measure: Callable[[nn.Module, bool], Mapping[str, float]]
+    headline: str
+    lower: bool = False
+
+
+def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
+    """Train the teacher and the students of a recipe, pack the last one, return result.json.
+
+    What is done already is not done again. say: gets a line for each stage, and lets Trainer show
+    its progress. Several processes share the training; the first one writes, the others return {}.
+    Raises RecipeError for settings, JobError for an output folder that stands in the way or was
+    made with other settings, LossError, TeacherError and DivergedError as the trainers do.
+    """
+    top, names = check(settings)
+    say = say if say and is_main() else _silent
+    out = Path(top.out)
+    with work(out, settings, names):
+        done = result(out)
+        if done is not None:
+            say(f"{out} is finished already: {RESULT} has its scores")
+            return done
+        start, results = time.perf_counter(), {}
+        folder, results["teacher"] = _teacher(settings.at(), job, out, say)
+        dense = top.student or folder
+        for name in names:
+            results[name] = _student(settings.at(scheme=name), job, out / _folder(name), dense,
+                                     folder, say)
+            folder = str(out / _folder(name) / "model")
+        if not is_main():
+            return {}
+        packed = _packed(job, folder, out / "packed")
+        done = {"recipe": settings.recipe, "profile": settings.profile, "settings": plain(top),
+                "stages": results, "packed": packed,
+                "seconds": sum(each["seconds"] for each in results.values()),
+                "wall_seconds": time.perf_counter() - start, "versions": _versions()}
+        write(out / RESULT, done)
+        say(f"packed: {out / 'packed'}, {_shown(packed['metrics'])}")
+        return done
+
+
+def check(settings: Settings) -> tuple[SimpleNamespace, list[str]]:
+    """Return the settings and the schemes of the stages; raises RecipeError and LossError for what
+    would fail in any of them."""
+    top = settings.at()
+    if not top.out:
+        raise RecipeError("say where to write: out=FOLDER")
+    names = [name.strip() for name in top.scheme.split(",")]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise RecipeError(f"scheme {repeated!r} comes twice: each stage has a folder of its name")
+    for name in names:
+        own = settings.at(scheme=name)
+        request(own)
+        terms.read(own.losses)
+        if not own.epochs and not own.steps:
+            raise RecipeError(f"{name} would not train: set epochs or steps")
+        _check_numbers(own, "")
+    _check_numbers(top.teacher, "teacher.")
+    return top, names
+
+
+def _check_numbers(settings: SimpleNamespace, prefix: str) -> None:
+    for key, least in (("batch", 1), ("accumulate", 1), ("lr", 0), ("epochs", 0), ("steps", 0),
+                       ("warmup", 0)):
+        if getattr(settings, key) < least:
+            raise RecipeError(f"{prefix}{key} is {getattr(settings, key)}: use {least} or more")
+    schedules = [each.value for each in SchedulerType]
+    if settings.schedule not in schedules:
+        raise RecipeError(f"unknown schedule {settings.schedule!r}: use one of "
+                          f"{', '.join(schedules)}")
+
+
+# --- stages --------------------------------------------------------------------------------------
+
+def _teacher(settings: SimpleNamespace, job: Job, out: Path, say: Say) -> tuple[str, dict]:
+    """Return folder or id of the teacher, and its result; it is fine-tuned if it shall train."""
+    folder = out / "teacher"
+    own = SimpleNamespace(**vars(settings) | vars(settings.teacher))
+    trains = not settings.teacher.model and (own.epochs or own.steps)
+    source = str(folder / "model") if trains else settings.teacher.model or settings.model
+    found = result(folder)
+    if found is None and trains:
+        say(f"teacher: training {settings.model}")
+        set_seed(own.seed)
+        found = _train(job.load(settings.model), None, [["task", 1.0]], own, job, folder, say)
+    elif found is None:
+        make(folder)
+        found = {"metrics": dict(job.measure(job.load(source), False)), "steps": 0, "seconds": 0.0}
+        write(folder / RESULT, found)
+        wait()
+    say(f"teacher: {_shown(found['metrics'])}")
+    return source, found
+
+
+def _student(settings: SimpleNamespace, job: Job, folder: Path, dense: str, source: str, say: Say
+             ) -> dict[str, Any]:
+    """Distil one student from the teacher in `source`, whose weights it begins with."""
+    found = result(folder)
+    if found is None:
+        say(f"{settings.scheme}: distilling from {source}")
+        set_seed(settings.seed)
+        teacher, student = job.load(source), job.load(dense)
+        chained = source != dense and bool(fake_quant_layers(teacher))
+        if chained:
+            own = teacher.state_dict()
+            student.load_state_dict({name: own[name] for name in student.state_dict()})
+        asked = request(settings)
+        prepare(student, asked.scheme, training=asked.training, placement=asked.placement,
+                skip=settings.skip, embeddings=asked.embeddings)
+        if chained:
+            carry_quantizers(teacher, student)
+        _set_dropout(student, settings.dropout)
+        if not terms.need_teacher(terms.read(settings.losses)):
+            teacher = None
+        found = _train(student, teacher, settings.losses, settings, job, folder, say)
+    say(f"{settings.scheme}: {_shown(found['metrics'])}, {found['seconds']:.0f} s")
+    return found
+
+
+@torch.no_grad()
+def carry_quantizers(source: nn.Module, target: nn.Module) -> None:
+    """Give a prepared model what fits it of another one's quantizers and estimators, in place.
+
+    Activation steps count where both round alike, moves and estimators everywhere, learned scales
+    where the codes are of one kind: then BinaryDM's first basis goes on where the second is
+    dropped.
+    """
+    others = dict(source.named_modules())
+    for name, module in target.named_modules():
+        other = others.get(name)
+        if isinstance(module, ActivationQuantizer) and isinstance(other, ActivationQuantizer):
+            wanted = None if module.spec == other.spec else ("move",)
+        elif isinstance(module, WeightQuantizer) and type(module) is type(other):
+            wanted = None if module.scheme.method == other.scheme.method else ()
+        elif isinstance(module, Estimators) and isinstance(other, Estimators):
+            wanted = None
+        else:
+            continue
+        own, theirs = module.state_dict(), other.state_dict()
+        fitting = {leaf: theirs[leaf] for leaf in own
+                   if (wanted is None or leaf in wanted) and leaf in theirs
+                   and own[leaf].shape == theirs[leaf].shape}
+        module.load_state_dict(fitting, strict=False)
+
+
+def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequence,
+           settings: SimpleNamespace, job: Job, folder: Path, say: Say) -> dict[str, Any]:
+    """Train a model in a stage's folder, keep the best of it, and return the stage's result."""
+    make(folder)
+    checkpoints, pair = folder / "checkpoints", model.config.is_encoder_decoder
+    caches = getattr(model.config, "use_cache", None)
+    trainer = (Seq2SeqDistillTrainer if pair else DistillTrainer)(
+        model=model, teacher=teacher, losses=losses, quantizer_lr=settings.quantizer_lr or None,
+        args=arguments(settings, job, checkpoints, pair, say is not _silent),
+        train_dataset=job.rows, data_collator=job.collate(model), processing_class=job.tokenizer,
+        measure=(lambda own: job.measure(own, True)) if settings.eval_every else None,
+        callbacks=_callbacks(settings, folder))
+    trainer.remove_callback(PrinterCallback)
+    newest = newest_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if caches is not None:
+        model.config.use_cache = caches  # Trainer turns it off
+    found = {"metrics": dict(job.measure(model, False)), "steps": trainer.state.global_step,
+             "seconds": seconds_of(folder / LOG), "settings": plain(settings)}
+    if is_main():
+        with whole(folder / "model") as part:
+            model.save_pretrained(part)
+            job.tokenizer.save_pretrained(part)
+            publish_modes(part)
+        write(folder / RESULT, found)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    wait()
+    return found
+
+
+def arguments(settings: SimpleNamespace, job: Job, folder: Path, pair: bool, show: bool
+              ) -> TrainingArguments:
+    """Return the Trainer's arguments for one stage."""
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in {
+        each.name for each in fields(TrainingArguments)} else "gradient_checkpointing"
+    options: dict[str, Any] = {
+        "output_dir": str(folder), "per_device_train_batch_size": settings.batch,
+        "gradient_accumulation_steps": settings.accumulate, "learning_rate": settings.lr,
+        "num_train_epochs": settings.epochs, "max_steps": settings.steps or -1,
+        "lr_scheduler_type": settings.schedule, "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay, "seed": settings.seed, "bf16": settings.bf16,
+        "logging_steps": settings.log_every, "save_strategy": "steps",
+        "save_steps": settings.eval_every or settings.save_every, "save_total_limit": 1,
+        "train_sampling_strategy": "group_by_length" if settings.grouped else "random",
+        "use_cpu": on_cpu(), "dataloader_pin_memory": not on_cpu(), "report_to": [],
+        "disable_tqdm": not show, "remove_unused_columns": False}
+    if settings.checkpointing:
+        options |= {checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}}
+    if settings.eval_every:
+        options |= {"eval_strategy": "steps", "eval_steps": settings.eval_every,
+                    "load_best_model_at_end": True, "metric_for_best_model": job.headline,
+                    "greater_is_better": not job.lower}
+    return (Seq2SeqTrainingArguments if pair else TrainingArguments)(**options)
+
+
+def _callbacks(settings: SimpleNamespace, folder: Path) -> list:
+    found: list = [JsonlLog(folder / LOG)]
+    if settings.eval_every and settings.patience:
+        found.append(EarlyStoppingCallback(settings.patience))
+    if is_tensorboard_available() and is_main():
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+        found.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
+    return found
+
+
+def tokenizer(settings: SimpleNamespace) -> Any:
+    """Return the tokenizer of a recipe's models.
+
+    Raises RecipeError where there is none, TeacherError where student and teacher have other ones.
+    """
+    named = settings.teacher.model or settings.model
+    if not named:
+        raise RecipeError("say which model to begin with: model=FOLDER or a hub id")
+    found = source.tokenizer(source.resolve(named))
+    if found is None:
+        raise RecipeError(f"{named} has no tokenizer: put its files into the folder")
+    if settings.student:
+        own = source.tokenizer(source.resolve(settings.student))
+        if own is not None:
+            check_tokenizers(own, found)
+    return found
+
+
+def _set_dropout(model: nn.Module, dropout: float) -> None:
+    """Set every dropout of a model; a negative one leaves them as they are."""
+    if dropout < 0:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, dropout)
+
+
+def _packed(job: Job, source: str, folder: Path) -> dict[str, Any]:
+    """Pack the student in `source`, unless an earlier run did; return what is to know of it."""
+    if not folder.exists():
+        model = finish(job.load(source))
+        with whole(folder) as part:
+            model.save_pretrained(part)
+            job.tokenizer.save_pretrained(part)
+            publish_modes(part)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"folder": folder.name, "bytes": size,
+            "metrics": dict(job.measure(job.load(str(folder)), False))}
+
+
+def _silent(line: str) -> None:
+    """Show nothing."""
+
+
+def _folder(scheme: str) -> str:
+    return scheme.lower().replace("+", "-")
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def _versions() -> dict[str, str]:
+    return {name: import_module(name).__version__ for name in ("bitlm", "torch", "transformers")}

@@ -1,0 +1,91 @@
+"""Distil a binary or ternary classifier on a GLUE task from a fine-tuned teacher.
+
+    bitlm distill glue task=sst2 data=DIR model=org/encoder scheme=w1a8 profile=small out=OUT
+    python recipes/glue.py task=cola scheme=w1a8,w1a1+estimators teacher.model=DIR out=OUT
+    torchrun --nproc-per-node 2 recipes/glue.py task=mnli out=OUT
+
+The teacher is fine-tuned first, unless teacher.model names one. Several schemes are a chain: each
+student teaches the next one and gives it its weights, as in BiT (arXiv 2205.13016).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+)
+
+from bitlm.evaluate import glue, tasks
+from bitlm.evaluate.data import load_split
+from bitlm.evaluate.load import load_model
+from bitlm.source import quiet, resolve
+from bitlm.train import stages
+
+
+def run(settings, say=None):
+    """Run the recipe; returns what it writes to out/result.json."""
+    top, _ = stages.check(settings)
+    work, short = evaluations(top)
+    rows = load_split(folder(top), "train", top.task, top.limit or None)
+    inputs, labels = glue.examples(top.task, rows)
+    tokenizer = stages.tokenizer(top)
+
+    def measure(model, quick):
+        found = (short if quick else work).measure(model, tokenizer, None)[0]
+        return {name: score.value for name, score in found.scores.items()}
+
+    metrics = glue.TASKS[top.task].metrics
+    return stages.run(settings, stages.Job(
+        load=partial(load, top), tokenizer=tokenizer, measure=measure,
+        rows=encode(tokenizer, inputs, labels, top),
+        collate=lambda model: DataCollatorWithPadding(tokenizer),
+        headline="mean" if len(metrics) > 1 or " + " in work.split else metrics[0]), say)
+
+
+def evaluations(top):
+    """Return the task on its validation split, and on the rows that are measured in training."""
+    options = {"batch_size": top.eval_batch, "max_input": top.length, "resamples": 0}
+    return [tasks.prepare(tasks.find(f"glue/{top.task}"), top.data, tasks.Options(
+        limit=limit or None, **options))[0] for limit in (0, top.eval_limit)]
+
+
+def folder(top):
+    """Return where the task's training data is: a folder of it in `data`, else `data` itself."""
+    found = glue.find(top.data) if Path(top.data).is_dir() else {}
+    return found.get(top.task, top.data)
+
+
+def load(top, name):
+    """Return a classifier: of a model that shall be the teacher with a new head for the task."""
+    if top.teacher.model or name != top.model:
+        model = load_model(name, dtype="float32")[0]
+        glue.check_model(model, top.task)
+        return model
+    task = glue.TASKS[top.task]
+    names = task.labels or ("score",)
+    with quiet():
+        return AutoModelForSequenceClassification.from_pretrained(
+            resolve(name), num_labels=task.outputs, id2label=dict(enumerate(names)),
+            label2id={label: number for number, label in enumerate(names)})
+
+
+def encode(tokenizer, inputs, labels, top):
+    """Return rows of tokens with their labels in the order of the model's outputs."""
+    if top.teacher.model and glue.TASKS[top.task].labels:
+        config = AutoConfig.from_pretrained(resolve(top.teacher.model))
+        order = glue.label_order(SimpleNamespace(config=config), top.task)
+        labels = [order[label] for label in labels]
+    encoded = tokenizer(*map(list, zip(*inputs)), truncation=True, max_length=top.length)
+    return [{"labels": label, **{name: values[row] for name, values in encoded.items()}}
+            for row, label in enumerate(labels)]
+
+
+if __name__ == "__main__":
+    from bitlm.cli.distill import script
+
+    script(__file__)

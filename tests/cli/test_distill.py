@@ -1,0 +1,277 @@
+"""`bitlm distill`: the recipes from data to packed model, their folders, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM
+
+from bitlm.modules import packed_weights
+from bitlm.train import recipe, stages
+from bitlm.train.layers import fake_quant_layers
+from tests.processes import run_script, run_two
+from tests.tiny import make_bert, make_llama, make_tokenizer
+
+WORDS = ("good", "bad", "fine", "poor", "the film", "a plot", "is", "was", "and", "very")
+
+
+def lines(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def sentence(number: int) -> str:
+    return " ".join(WORDS[(number * step + step) % len(WORDS)] for step in range(2, 4 + number % 4))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A BERT, a llama, and data for each recipe; tests leave it alone."""
+    folder = tmp_path_factory.mktemp("world")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    make_bert(folder / "bert", **sizes)
+    make_llama(folder / "llama", **sizes, num_key_value_heads=1)
+    rows = [{"sentence": sentence(n), "label": n % 2} for n in range(48)]
+    lines(folder / "glue" / "sst2" / "train.jsonl", rows[:32])
+    lines(folder / "glue" / "sst2" / "dev.jsonl", rows[32:])
+    pairs = [{"en": sentence(n), "ro": sentence(n)[::-1]} for n in range(40)]
+    lines(folder / "pairs" / "train.jsonl", pairs[:32])
+    lines(folder / "pairs" / "dev.jsonl", pairs[32:])
+    lines(folder / "stories.jsonl", [{"text": f"{sentence(n).capitalize()}. "
+                                      f"{sentence(n + 1).capitalize()}."} for n in range(60)])
+    return folder
+
+
+GLUE = ["task=sst2", "profile=small", "steps=3", "batch=8", "log_every=1", "teacher.steps=3",
+        "teacher.epochs=0", "teacher.batch=8", "length=32"]
+
+
+def glue(world: Path, out: Path, *more: str) -> list[str]:
+    return ["glue", f"data={world / 'glue'}", f"model={world / 'bert'}", f"out={out}", *GLUE, *more]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_a_chain_from_teacher_to_packed_model(run, world, tmp_path):
+    out = tmp_path / "out"
+    result = run("distill", *glue(world, out, "scheme=w1a8,w1a1+estimators"))
+    assert result.exit_code == 0, result.output
+    found = read(out / "result.json")
+    assert list(found["stages"]) == ["teacher", "w1a8", "w1a1+estimators"]
+    assert all(0 <= stage["metrics"]["accuracy"] <= 1 and stage["steps"] == 3
+               for stage in found["stages"].values())
+    assert found["packed"]["metrics"] == found["stages"]["w1a1+estimators"]["metrics"]
+    assert found["settings"]["task"] == "sst2" and found["seconds"] > 0
+    assert "packed: " in result.stdout and "w1a8: accuracy" in result.stdout
+    for stage in ("teacher", "w1a8", "w1a1-estimators"):
+        assert (out / stage / "model" / "tokenizer.json").is_file()
+        assert not (out / stage / "checkpoints").exists()
+        steps = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3]
+    assert {"soft_cross_entropy", "hidden_mse"} <= set(steps[0])
+    assert not [path for path in out.rglob(".*")]
+    packed = AutoModelForSequenceClassification.from_pretrained(out / "packed")
+    assert packed_weights(packed)
+    student = AutoModelForSequenceClassification.from_pretrained(out / "w1a1-estimators" / "model")
+    assert fake_quant_layers(student)
+    ids = {"input_ids": torch.tensor([[1, 20, 30, 40]])}
+    torch.testing.assert_close(student.eval()(**ids).logits, packed(**ids).logits, rtol=1e-4,
+                               atol=1e-5)
+
+
+def test_the_same_command_again_does_nothing_again(run, world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run("distill", *glue(world, out)).exit_code == 0
+    before = read(out / "result.json")
+    monkeypatch.setattr(stages, "_train", None)
+    result = run("distill", *glue(world, out))
+    assert result.exit_code == 0 and "is finished already" in result.stdout
+    assert read(out / "result.json") == before
+    result = run("distill", *glue(world, out, "lr=0.5"))
+    assert result.exit_code == 1
+    assert "made with other settings, w1a8.lr was 0.0005 and is 0.5" in result.stderr
+
+
+def test_an_interrupted_stage_goes_on_from_its_checkpoint(run, world, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    more = ["save_every=2", "steps=5"]
+    assert run("distill", *glue(world, whole, *more)).exit_code == 0
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3 and "w1a8" in args.output_dir:
+                raise KeyboardInterrupt
+
+    own = stages._callbacks
+    monkeypatch.setattr(stages, "_callbacks", lambda *args: [*own(*args), Stop()])
+    result = run("distill", *glue(world, out, *more))
+    assert result.exit_code == 1
+    assert "run the same command again" in result.stderr
+    assert (out / "teacher" / "result.json").is_file() and not (out / "result.json").exists()
+    monkeypatch.setattr(stages, "_callbacks", own)
+    assert run("distill", *glue(world, out, *more)).exit_code == 0
+    losses = [[json.loads(line)["loss"] for line in
+               (folder / "w1a8" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+              for folder in (whole, out)]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+
+
+def test_a_given_teacher_is_not_trained_and_the_best_checkpoint_is_kept(run, world, tmp_path):
+    make_bert(tmp_path / "tuned", labels=2, hidden_size=16, intermediate_size=24,
+              num_attention_heads=2)
+    out = tmp_path / "out"
+    result = run("distill", *glue(world, out, f"teacher.model={tmp_path / 'tuned'}",
+                                  "eval_every=1", "patience=2", "eval_limit=8", "scheme=w1.58a8"))
+    assert result.exit_code == 0, result.output
+    found = read(out / "result.json")["stages"]
+    assert found["teacher"]["steps"] == 0 and not (out / "teacher" / "model").exists()
+    log = (out / "w1.58a8" / "log.jsonl").read_text()
+    assert '"eval_accuracy"' in log
+
+
+def test_denoising_from_nothing(run, world, tmp_path):
+    out = tmp_path / "out"
+    result = run("distill", "summarization", "task=denoise", f"data={world / 'stories.jsonl'}",
+                 "model=new", "profile=small", "new.vocabulary=280", "new.hidden=16",
+                 "new.layers=1", "new.heads=2", "steps=2", "teacher.steps=2", "batch=8",
+                 "eval_rows=4", "max_length=8", "beams=1", "scheme=w1a1", f"out={out}",
+                 "log_every=1")
+    assert result.exit_code == 0, result.output
+    found = read(out / "result.json")
+    assert "rougeL" in found["packed"]["metrics"]
+    log = json.loads((out / "w1a1" / "log.jsonl").read_text().splitlines()[0])
+    assert {"task", "soft_cross_entropy", "hidden_mse", "attention_mse", "hidden_mse_2"} <= set(log)
+
+
+def test_translation_from_nothing_with_ternary_embeddings(run, world, tmp_path):
+    out = tmp_path / "out"
+    result = run("distill", "translation", f"data={world / 'pairs'}", "config=", "model=new",
+                 "profile=small", "new.vocabulary=280", "new.hidden=16", "new.layers=1",
+                 "new.heads=2", "steps=2", "teacher.steps=2", "batch=8", "eval_rows=4",
+                 "max_length=8", "beams=1", "scheme=w2a2", "embeddings=2", 'skip=["lm_head"]',
+                 f"out={out}")
+    assert result.exit_code == 0, result.output
+    assert "bleu" in read(out / "result.json")["packed"]["metrics"]
+
+
+def test_a_decoder_on_text(run, world, tmp_path):
+    out = tmp_path / "out"
+    result = run("distill", "causal_lm", f"data={world / 'stories.jsonl'}",
+                 f"model={world / 'llama'}", "profile=small", "length=32", "steps=2", "batch=8",
+                 "scheme=w1a8", f"out={out}")
+    assert result.exit_code == 0, result.output
+    found = read(out / "result.json")
+    assert found["packed"]["metrics"]["perplexity"] == pytest.approx(
+        found["stages"]["w1a8"]["metrics"]["perplexity"], rel=1e-3)
+    result = run("distill", "causal_lm", f"data={world / 'stories.jsonl'}",
+                 f"model={world / 'llama'}", "steps=2", "length=32", "bf16=false",
+                 f"out={tmp_path / 'salient'}")
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "salient" / "result.json")["settings"]["weights"] == "pb_llm"
+
+
+def test_masked_language_modelling(run, world, tmp_path):
+    make_bert(tmp_path / "bert", vocab_size=264, hidden_size=16, intermediate_size=24,
+              num_attention_heads=2)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.save_pretrained(tmp_path / "bert")
+    BertForMaskedLM.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "bert")
+    out = tmp_path / "out"
+    result = run("distill", "bert_pretrain", f"data={world / 'stories.jsonl'}",
+                 f"model={tmp_path / 'bert'}", "profile=small", "length=32", "steps=2", "batch=4",
+                 f"out={out}")
+    assert result.exit_code == 0, result.output
+    assert 0 <= read(out / "result.json")["packed"]["metrics"]["accuracy"] <= 1
+
+
+def test_settings_from_a_file_and_shown(run, world, tmp_path):
+    (tmp_path / "mine.toml").write_text('recipe = "glue"\nprofile = "small"\nbatch = 5\n'
+                                        "[teacher]\nlr = 0.25\n")
+    result = run("distill", tmp_path / "mine.toml", "lr=0.125", "--show")
+    assert result.exit_code == 0, result.output
+    shown = dict(line.split()[:2] for line in result.stdout.splitlines() if len(line.split()) > 1)
+    assert (shown["batch"], shown["lr"], shown["teacher.lr"]) == ("5", "0.125", "0.25")
+    assert "profile small" in result.stdout
+
+
+@pytest.mark.parametrize("changes, code, words", [
+    (["bacth=3"], 2, "unknown setting 'bacth', did you mean batch?"),
+    (["scheme=w7a8"], 2, "unknown scheme 'w7a8'"),
+    (["task=sst"], 1, "unknown task 'glue/sst'"),
+    (["task=cola"], 1, "no"),
+    (["model=missing/folder/of"], 1, "does not exist"),
+    (["data=missing.jsonl"], 1, "no such file or folder"),
+    (["losses=[[\"kll\", 1.0]]"], 1, "unknown loss 'kll', did you mean kl?"),
+    (["estimator=ste"], 1, "unknown estimator"),
+])
+def test_bad_settings_are_one_line_and_write_nothing(run, world, tmp_path, changes, code, words):
+    out = tmp_path / "out"
+    result = run("distill", *glue(world, out, *changes))
+    assert result.exit_code == code
+    assert words in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda folder: (folder / "dev.jsonl").unlink(), "split: it has train"),
+    (lambda folder: lines(folder / "train.jsonl", [{"sentence": "x", "label": 2}]),
+     "row 1: label 2 is none of 0 negative, 1 positive"),
+    (lambda folder: lines(folder / "train.jsonl", [{"text": "x", "label": 1}]),
+     "no column sentence"),
+    (lambda folder: (folder / "train.jsonl").write_text("{"), "no JSON"),
+])
+def test_bad_data_is_one_line_and_writes_nothing(run, world, tmp_path, break_it, words):
+    folder = tmp_path / "data" / "sst2"
+    for split in ("train", "dev"):
+        lines(folder / f"{split}.jsonl", [{"sentence": "x", "label": 1}])
+    break_it(folder)
+    out = tmp_path / "out"
+    result = run("distill", *glue(world, out, f"data={folder.parent}"))
+    assert result.exit_code == 1
+    assert words in result.stderr and result.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_empty_references_show_before_the_training(run, world, tmp_path):
+    for split in ("train", "dev"):
+        lines(tmp_path / "data" / f"{split}.jsonl", [{"document": "a b", "summary": ""}])
+    result = run("distill", "summarization", f"data={tmp_path / 'data'}", "model=new",
+                 "profile=small", f"out={tmp_path / 'out'}")
+    assert result.exit_code == 1 and "is empty" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_kind_is_left_alone(run, world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    result = run("distill", *glue(world, tmp_path / "out"))
+    assert result.exit_code == 1 and "no recipe made it" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_students_other_tokenizer_is_noticed(run, world, tmp_path):
+    make_bert(tmp_path / "bert", vocab_size=264)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["bitlm"])
+    tokenizer.save_pretrained(tmp_path / "bert")
+    result = run("distill", *glue(world, tmp_path / "out", f"student={tmp_path / 'bert'}"))
+    assert result.exit_code == 1 and "another tokenizer: 'bitlm'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_run_the_script(world, tmp_path):
+    out = tmp_path / "out"
+    script = recipe.find("glue")[0]
+    shown = run_two(run_script, script, *glue(world, out, "scheme=w1a1")[1:])
+    found = read(out / "result.json")
+    assert found["packed"]["metrics"] == found["stages"]["w1a1"]["metrics"]
+    assert shown.count("packed: ") == 1
