@@ -39,7 +39,7 @@ _TENSOR = re.compile(r"\.((?:plane|chain)\d+\.\w+|(?:low_rank|salient)\.\w+|shif
 # attention's estimators.
 _QUANTIZER = re.compile(r"\.(?:(?:input|quantizers\.(?:query|key|value|probabilities))\."
                         r"(?:step|move|minimum|initialised)|estimators\.\w+(?:\.\w+)?"
-                        r"|quantizer\.(?:scales|second_scales|mask|codes|zeros))$")
+                        r"|quantizer\.(?:scales|second_scales|mask|codes|zeros|noise\.(?:down|up)))$")
 
 
 class CheckpointError(ValueError):

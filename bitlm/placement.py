@@ -67,6 +67,11 @@ def _bipft(bits: int) -> Placement:
         estimators=1))
 
 
+def _minmax(bits: int) -> Placement:
+    rounded = Quantizer("dynamic", bits, signed=False)
+    return Placement(rounded, None, _attention(rounded, rounded))
+
+
 # By recipe and bits of the activations. At 8 bits all inputs are symmetric, for the kernels' sake.
 PLACEMENTS: dict[str, dict[int, Placement]] = {
     # BART-like models (arXiv 2306.01841).
@@ -78,6 +83,9 @@ PLACEMENTS: dict[str, dict[int, Placement]] = {
     # BERT-like models with GELU (arXiv 2312.08937).
     "bipft": {1: _bipft(1), 2: _bipft(2), 8: Placement(
         _SIGNED8, None, _attention(_SIGNED8, _UNSIGNED8, estimators=1))},
+    # What learned steps are compared with: equal ones between the smallest and the largest value.
+    "minmax": {1: _minmax(1), 2: _minmax(2), 8: Placement(
+        _SIGNED8, None, _attention(_SIGNED8, _UNSIGNED8))},
 }
 
 

@@ -89,7 +89,7 @@ def quantize(model: str | os.PathLike, preset: str | None = None, *, out: str | 
     request = make_request(preset, scheme, calibrated=calibrate is not None, overrides=overrides,
                            skip=skip, embeddings=embeddings)
     plan = make_plan(source.skeleton(config, source.stored_dtype(headers)), request)
-    _check_statistics(plan, calibrate)
+    _check_packable(plan, calibrate)
     warnings = [f"{s.name} stays dense: {s.reason}" for s in plan.skipped if s.loud]
     if strict and warnings:
         raise StrictError(f"--strict: {warnings[0]}")
@@ -138,7 +138,7 @@ def pack(model: nn.Module, scheme: Scheme | str | None = None, *, skip: tuple[st
     request = make_request(scheme if named else None, None if named else scheme, skip=skip,
                            overrides=overrides, embeddings=embeddings)
     plan = make_plan(model, request)
-    _check_statistics(plan, None)
+    _check_packable(plan, None)
     for entry in plan.entries:
         if not entry.target.tied:  # the others get the same tensors when the model is attached
             dense = model.get_parameter(entry.name).detach()
@@ -158,7 +158,13 @@ def _attach(model: nn.Module, request: Request, name: str | os.PathLike,
         if calibration else None))
 
 
-def _check_statistics(plan: Plan, calibrate: object) -> None:
+def _check_packable(plan: Plan, calibrate: object) -> None:
+    """Raise QuantizeError for schemes that need a calibration text, or a training."""
+    trained = next((e for e in plan.entries if e.scheme.input is not None), None)
+    if trained is not None:
+        raise QuantizeError(f"the scheme of {trained.name} has a quantizer of its inputs, whose "
+                            "step is learned: `bitlm distill` trains such models (in Python: "
+                            "bitlm.train.prepare); without training use activation=\"int8\"")
     needy = next((e for e in plan.entries if statistics_needed(e.scheme) != "none"), None)
     if needy is not None and calibrate is None:
         raise QuantizeError(f"the scheme of {needy.name} needs calibration text: give --calibrate "

@@ -184,10 +184,11 @@ class ElasticQuantizer(ActivationQuantizer):
 
 
 class DynamicQuantizer(ActivationQuantizer):
-    """8 bits of the range that the values have, of each token (the last axis) or the whole tensor.
+    """Equal steps over the range that the values have, of each token (the last axis) or the tensor.
 
-    signed: round(127 x / max|x|) max|x| / 127, what kernels do. Unsigned, with
-    r = max - min + 1e-8: round(255 (x - min) / r) r / 255 + min. `clip` cuts values off first.
+    signed, 8 bits: round(127 x / max|x|) max|x| / 127, what kernels do. Unsigned, with n steps,
+    255 at 8 bits, 3 and 1 at 2 and 1, and r = max - min + 1e-8: round(n (x - min) / r) r / n + min.
+    `clip` cuts values off first.
 
     The gradient passes unchanged, with `clip` only where |x| < clip. Source: TBT's code (range of
     the tensor, clip 2.5); one range for each token makes a row independent of its neighbours.
@@ -198,7 +199,8 @@ class DynamicQuantizer(ActivationQuantizer):
         super().__init__(spec, "int8" if plain else "", name)
 
     def round(self, x: Tensor) -> Tensor:
-        return _Dynamic.apply(x, self.spec.signed, self.spec.per == "tensor", self.spec.clip)
+        steps = 0 if self.spec.signed else 2 ** self.spec.bits - 1
+        return _Dynamic.apply(x, steps, self.spec.per == "tensor", self.spec.clip)
 
 
 class AttentionBinarizer(ActivationQuantizer):
@@ -298,17 +300,17 @@ class _Elastic(Function):
 
 class _Dynamic(Function):
     @staticmethod
-    def forward(x: Tensor, signed: bool, whole: bool, clip: float) -> Tensor:
+    def forward(x: Tensor, steps: int, whole: bool, clip: float) -> Tensor:
         values = _computed(x)
         if clip:
             values = values.clamp(-clip, clip)
         rows = values.reshape(1, -1) if whole else values
-        if signed:
+        if not steps:
             result = rounded(rows, "int8")
         else:
             least = rows.amin(-1, keepdim=True)
             reach = rows.amax(-1, keepdim=True) - least + 1e-8
-            result = ((rows - least) / reach * 255).round() / 255 * reach + least
+            result = ((rows - least) / reach * steps).round() / steps * reach + least
             result = torch.where(rows.isfinite().all(-1, keepdim=True), result, rows)
         return result.reshape(x.shape).to(x.dtype)
 

@@ -141,17 +141,21 @@ def precision(scheme: Scheme) -> str:
     """Return bits of codes and of activations in the usual short form, as W1.58A8.
 
     Salient weights count with their 8 bits; float and int16 activations, which lose nothing that
-    16-bit floats would keep, are A16.
+    16-bit floats would keep, are A16. A quantizer of the input says its own bits.
     """
     bits = scheme.planes * (log2(3) if scheme.method == "ternary" else 1)
     bits += scheme.salient * (8 - bits)
     inputs = 16 if scheme.activation == "float" else int(scheme.activation.lstrip("uint"))
+    if scheme.input is not None:
+        inputs = scheme.input.bits
     return f"W{bits:.3g}A{inputs}"
 
 
 def activation_of(entry: Entry) -> str:
-    """Return the mode of a planned layer with its short form; "" for an embedding."""
-    return entry.activation and f"{entry.activation} ({precision(entry.scheme)})"
+    """Return the mode of a planned layer, or the kind of its inputs' quantizer, with the short
+    form; "" for an embedding."""
+    mode = entry.scheme.input.kind if entry.scheme.input else entry.activation
+    return mode and f"{mode} ({precision(entry.scheme)})"
 
 
 def count_activations(modes: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ class SchemeError(ValueError):
 # The kinds of quantizers: how many bits each may have, and which of the other fields it knows.
 QUANTIZERS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "elastic": ((1, 2), ("signed", "ranges", "minimum", "move")),
-    "dynamic": ((8,), ("signed", "per", "clip")),
+    "dynamic": ((1, 2, 8), ("signed", "per", "clip")),
     "threshold": ((1,), ("threshold", "rescale")),
 }
 
@@ -40,9 +40,9 @@ class Quantizer:
     """How one activation is rounded: the input of a linear layer, or an operand of attention.
 
     kind: "elastic", levels times one learned step (TBT, arXiv 2306.01841; BiT, arXiv 2205.13016);
-        "dynamic", 8 bits of the range that the values have; "threshold", 1 where a value is at
-        least `threshold` times the largest of its row, else 0 (BiViT, arXiv 2211.07091).
-    bits: 1 or 2 (elastic), 8 (dynamic), 1 (threshold).
+        "dynamic", equal steps over the range that the values have; "threshold", 1 where a value is
+        at least `threshold` times the largest of its row, else 0 (BiViT, arXiv 2211.07091).
+    bits: 1 or 2 (elastic), 8, or unsigned 1 or 2 (dynamic), 1 (threshold).
     signed: elastic: levels around 0, {-a, a} at 1 bit, else from 0 on, {0, a}. dynamic: symmetric
         around 0, else from the smallest to the largest value.
     ranges: elastic at 2 bits: "tbt", three levels -1..1 or 0..2; "bit", all four, -2..1 or 0..3.
@@ -88,6 +88,9 @@ class Quantizer:
             value = getattr(self, field.name)
             if field.name not in own and value != field.default:
                 raise SchemeError(f"{field.name} is {value!r}: kind {self.kind} has no such field")
+        if self.kind == "dynamic" and self.signed and self.bits != 8:
+            raise SchemeError(f"signed is True: kind dynamic at {self.bits} bits goes from the "
+                              "smallest to the largest value")
         if self.minimum and (self.signed or self.bits != 2):
             raise SchemeError("minimum is True: only unsigned quantizers of 2 bits have one")
 
@@ -158,6 +161,8 @@ class Training:
     unit: what weights are divided by before the estimator; None: mean|W| of each row.
     clip: no gradient where |W - mean| >= scale (TBT's paper form, arXiv 2306.01841); for measured
         scales.
+    noise: FDA's learned noise beside its series (arXiv 2103.00841); for measured scales and the
+        estimator fda.
 
     Raises SchemeError for values that are not allowed.
     """
@@ -167,11 +172,12 @@ class Training:
     parameter: float | None = None
     unit: float | None = None
     clip: bool = False
+    noise: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, str):
             raise SchemeError(f"estimator is {self.estimator!r}: use the name of an estimator")
-        for name in ("learned", "clip"):
+        for name in ("learned", "clip", "noise"):
             _true_or_false(self, name)
         for name in ("parameter", "unit"):
             if getattr(self, name) is not None:

@@ -25,11 +25,15 @@ from bitlm.evaluate.data import load_split
 from bitlm.evaluate.load import load_model
 from bitlm.source import quiet, resolve
 from bitlm.train import stages
+from bitlm.train.terms import LossError
+
+OF_CLASSES = {"kl", "soft_cross_entropy", "plackett_luce"}
 
 
 def run(settings, say=None):
     """Run the recipe; returns what it writes to out/result.json."""
-    top, _ = stages.check(settings)
+    top, names = stages.check(settings)
+    check_losses(settings, names)
     work, short = evaluations(top)
     rows = load_split(folder(top), "train", top.task, top.limit or None)
     inputs, labels = glue.examples(top.task, rows)
@@ -52,6 +56,15 @@ def evaluations(top):
     options = {"batch_size": top.eval_batch, "max_input": top.length, "resamples": 0}
     return [tasks.prepare(tasks.find(f"glue/{top.task}"), top.data, tasks.Options(
         limit=limit or None, **options))[0] for limit in (0, top.eval_limit)]
+
+
+def check_losses(settings, names):
+    """Raise LossError for losses of classes in a task that predicts a number."""
+    for own in (settings.at(scheme=name) for name in names):
+        wrong = OF_CLASSES & {each[0] for each in own.losses}
+        if glue.TASKS[own.task].outputs == 1 and wrong:
+            raise LossError(f"{own.task} predicts a number, which has no classes: use logits_mse "
+                            f"in place of {', '.join(sorted(wrong))}")
 
 
 def folder(top):

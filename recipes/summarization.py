@@ -58,7 +58,7 @@ def run(settings, say=None):
     return stages.run(settings, stages.Job(
         load=partial(load, top, tokenizer), tokenizer=tokenizer, rows=data, measure=measure,
         collate=lambda model: DataCollatorForSeq2Seq(tokenizer, model=model),
-        headline=summarization.HEADLINE), say)
+        headline=summarization.HEADLINE, valid=valid if denoises else ()), say)
 
 
 def summaries(top):

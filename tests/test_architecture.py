@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": FORM | {"bitlm", "placement", "quantizers", "attention", "job", "output", "source"},
     # `train` lazily, to open a model in training again.
     "hf": FORM | {"bitlm", "checkpoint", "quantizers", "attention", "train"},
-    "evaluate": {"scheme", "weight", "plan", "hf", "report", "source", "activations"},
+    "evaluate": {"scheme", "ops", "weight", "modules", "attention", "plan", "hf", "report",
+                 "source", "activations"},
     "run": RUN,
     "quantize": RUN | {"bitlm", "run", "report", "hf", "source", "verdict"},
     "cli": RUN | {"bitlm", "activations", "checkpoint", "evaluate", "hf", "quantize", "report",
@@ -52,7 +53,8 @@ ALLOWED: dict[str, set[str]] = {
 # Libraries of others that a part must not need at all.
 NO_LIBRARIES = ("scheme",)
 ONLY_TORCH = ("ops", "weight", "modules", "targets", "activations", "methods", "plan", "packing")
-HEAVY = ("datasets", "gguf", "rouge_score", "lm_eval", "matplotlib", "sklearn", "scipy", "peft", "sacrebleu")
+HEAVY = ("datasets", "gguf", "rouge_score", "lm_eval", "matplotlib", "sklearn", "scipy", "peft",
+         "sacrebleu")
 
 
 @cache

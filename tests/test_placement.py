@@ -73,9 +73,18 @@ def test_what_the_papers_say(bits):
         assert tbt.second.minimum == bit.second.minimum == (bits == 2)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_what_they_are_compared_with(bits):
+    found = placement("minmax", bits)
+    attention = found.attention
+    assert {found.inputs.kind, attention.value.kind, attention.probabilities.kind} == {"dynamic"}
+    assert found.inputs.bits == attention.query.bits == attention.probabilities.bits == bits
+    assert found.second is None and not attention.estimators
+
+
 def test_unknown_ones():
     with pytest.raises(SchemeError, match="unknown placement 'bibert': use one of tbt, bit, bipft"):
         placement("bibert", 1)
     with pytest.raises(SchemeError, match="activations at 4 bits: use 1, 2, 8"):
         placement("tbt", 4)
-    assert set(PLACEMENTS) == {"tbt", "bit", "bipft"}
+    assert set(PLACEMENTS) == {"tbt", "bit", "bipft", "minmax"}

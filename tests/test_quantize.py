@@ -33,7 +33,7 @@ from bitlm.quantize import (
     quantize,
 )
 from bitlm.run import StrictError
-from bitlm.scheme import Scheme, SchemeError, grid
+from bitlm.scheme import Quantizer, Scheme, SchemeError, grid
 from bitlm.source import SourceError
 from tests import zoo
 from tests.tiny import TEXT, make_bert, make_llama, make_tokenizer
@@ -327,6 +327,8 @@ def test_wrong_requests(llama, text, tmp_path):
         quantize(llama, scheme=Scheme(compensate=True), out=out)
     with pytest.raises(QuantizeError, match="calibrat"):
         pack(AutoModelForCausalLM.from_pretrained(llama), Scheme(compensate=True))
+    with pytest.raises(QuantizeError, match="has a quantizer of its inputs, whose step is learned"):
+        quantize(llama, scheme=Scheme(input=Quantizer()), out=out)
     assert not list(tmp_path.iterdir())
 
 

@@ -108,6 +108,17 @@ def test_eight_bits_of_each_token():
     assert not torch.allclose(whole(x)[:1], whole(x[:1]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("bits, expected", [
+    (1, [[-1, -1, 3, 3], [0, 2, 0, 2]]), (2, [[-1, 1 / 3, 5 / 3, 3], [0, 2, 2 / 3, 4 / 3]])])
+def test_few_steps_between_the_smallest_and_the_largest(bits, expected):
+    module = build(Quantizer("dynamic", bits, signed=False))
+    x = torch.tensor([[-1, .9, 1.1, 3], [0, 2, .5, 1.2]], requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), torch.tensor(expected), atol=1e-6, rtol=0)
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 A = torch.tensor([.50, .25, .12, .08, .05])
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from bitlm.plan import Request, make_plan
 from bitlm.report import activation_of, count_activations, precision
-from bitlm.scheme import PRESETS, Scheme, grid
+from bitlm.scheme import PRESETS, Quantizer, Scheme, grid
 from tests import zoo
 
 
@@ -14,6 +14,7 @@ from tests import zoo
     (Scheme(activation="int2"), "W1A2"), (Scheme(activation="uint2"), "W1A2"),
     (Scheme(method="ternary", activation="int8"), "W1.58A8"), (grid(4), "W4A16"),
     (PRESETS["chat"], "W3A16"), (PRESETS["salient"], "W1.7A16"),
+    (Scheme(input=Quantizer()), "W1A1"), (Scheme("ternary", input=Quantizer(bits=2)), "W1.58A2"),
 ])
 def test_precision(scheme, short):
     assert precision(scheme) == short
@@ -25,4 +26,6 @@ def test_layers_are_counted_by_mode():
     assert modes.count("") == 1  # the embedding
     assert count_activations(modes) == "float (W1A16): 12, int8 (W1A8): 2, float (W8A16): 1"
     assert count_activations(["", "int8", "int8"]) == "int8"
+    entries = make_plan(zoo.make("llama"), Request(Scheme(input=Quantizer(bits=2)))).entries
+    assert count_activations(map(activation_of, entries)) == "elastic (W1A2)"
     assert count_activations([""]) == "none"

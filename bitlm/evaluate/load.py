@@ -53,7 +53,8 @@ def load_model(model: str | Path, dtype: Any = "auto", activation: str | None = 
             raise LoadError(f"{model} cannot be loaded: {_line(error)}") from error
     missing = sorted(info["missing_keys"])
     # A bare encoder may lack its pooler, which nothing here uses; any other gap is random weights.
-    missing = [name for name in missing if "pooler" not in name]
+    bare = loaded.base_model is loaded
+    missing = [name for name in missing if not (bare and "pooler" in name)]
     if missing:
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise LoadError(f"{model} lacks {missing[0]}{more} of {type(loaded).__name__}: the "

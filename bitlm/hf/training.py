@@ -11,8 +11,8 @@ from ..checkpoint import check_quantizers, raise_problems, read_headers
 from ..plan import Entry
 from ..quantizers import ElasticQuantizer, quantizers
 from ..scheme import Training
-from ..train.convert import fittings_for, prepare
-from ..train.layers import FakeQuantEmbedding, fit
+from ..train.convert import patches_for, prepare
+from ..train.layers import FakeQuantEmbedding, patch
 from ..train.weights import WeightQuantizer
 from . import skeleton
 from .config import BitlmConfig
@@ -34,7 +34,7 @@ def build(model: PreTrainedModel, config: BitlmConfig, files: list[str] | None) 
     entries = skeleton.planned_entries(model, config.request, found)
     drawn = {name: entry for name, entry in entries.items() if files and not any(
         other in found.dense for other in tied_group(model, name))}
-    _fit(model, config, [entry for name, entry in entries.items() if name not in drawn])
+    _patch(model, config, [entry for name, entry in entries.items() if name not in drawn])
     install_attention(model, config.request.attention, found.saved_name, strict=False)
     if files:
         problems = [f"{name} is packed in the file, but config.json says stage 'training'"
@@ -56,7 +56,7 @@ def complete(model: PreTrainedModel, config: BitlmConfig, drawn: list[Entry]) ->
     for module in quantizers(model).values():
         if isinstance(module, ElasticQuantizer):
             module.update_ready()
-    _fit(model, config, drawn)
+    _patch(model, config, drawn)
     attach(model, config)
 
 
@@ -82,10 +82,10 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
-def _fit(model: nn.Module, config: BitlmConfig, entries: list[Entry]) -> None:
+def _patch(model: nn.Module, config: BitlmConfig, entries: list[Entry]) -> None:
     training = Training.from_dict(config.training or {})
-    for path, fittings in fittings_for(model, entries, training).items():
-        fit(model.get_submodule(path), fittings)
+    for path, own in patches_for(model, entries, training).items():
+        patch(model.get_submodule(path), own)
 
 
 __all__ = ["attach", "build", "complete", "prepare", "tensors"]

@@ -11,6 +11,8 @@ _HOMES = {
     "coverage": "convert",
     "set_parameter": "convert",
     "drop_second_basis": "convert",
+    "DistillTrainer": "distill",
+    "Seq2SeqDistillTrainer": "distill",
 }
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .convert import set_parameter
-from .estimators import estimator
+from .estimators import estimator, fda_noise
 from .layers import fake_quant_layers
 from .rows import ByLength, Noised
+from .weights import MeasuredScales
 
 
 class DivergedError(ValueError):
@@ -31,8 +32,13 @@ class EstimatorSchedule(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         schedule = schedule_of(model)
-        if schedule is not None:
-            set_parameter(model, schedule(state.global_step / max(state.max_steps, 1)))
+        if schedule is None:
+            return
+        progress = state.global_step / max(state.max_steps, 1)
+        set_parameter(model, schedule(progress))
+        for layer in fake_quant_layers(model).values():
+            if isinstance(layer.weight_quantizer, MeasuredScales):
+                layer.weight_quantizer.amount = fda_noise(progress)
 
 
 def schedule_of(model: nn.Module) -> Callable[[float], float] | None:

@@ -25,7 +25,7 @@ from ..quantizers import build as build_quantizer
 from ..scheme import Scheme, SchemeError, Training
 from ..targets import Skipped, Target, find
 from ..weight import KeepsDtype
-from .layers import FakeQuantLayer, Fittings, fake_quant_layers, fit, strip
+from .layers import FakeQuantLayer, Patch, fake_quant_layers, patch, unpatch
 from .weights import LearnedScales, WeightQuantizer, quantizer
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def prepare(model: PreTrainedModel, scheme: str | Scheme | dict[str, Any] | Bitl
 
     scheme: what each linear layer becomes: a preset's name, a Scheme or its dict; or a BitlmConfig,
     which may say what the other arguments say, but nothing twice. training: how the weights are
-    trained. placement: the recipe ("tbt", "bit", "bipft") and bits (1, 2, 8) of the quantizers of
-    inputs and of attention; None: those that scheme or configuration have. skip, overrides,
-    embeddings: see plan.Request. With embeddings a tied output head is quantized with its table; as
-    TBT has it, dense and untied when packed, it is with skip ("lm_head",). hessians: [K, K] by the
-    weights' names, for salience by Hessian.
+    trained. placement: the recipe ("tbt", "bit", "bipft", "minmax") and bits (1, 2, 8) of the
+    quantizers of inputs and of attention; None: those that scheme or configuration have. skip,
+    overrides, embeddings: see plan.Request. With embeddings a tied output head is quantized with
+    its table; as TBT has it, dense and untied when packed, it is with skip ("lm_head",). hessians:
+    [K, K] by the weights' names, for salience by Hessian.
 
     To transformers the model stays a dense one: it saves as a dense checkpoint with the tensors of
     the quantizers, which from_pretrained opens prepared again, and dense where there is no bitlm.
@@ -73,25 +73,25 @@ def prepare(model: PreTrainedModel, scheme: str | Scheme | dict[str, Any] | Bitl
         asked = _placed(model, asked, placement)
     config = _config(asked)
     request = config.request
-    fittings = fittings_for(model, make_plan(model, request).entries, _training(config), hessians)
+    patches = patches_for(model, make_plan(model, request).entries, _training(config), hessians)
     try:
         install_attention(model, request.attention)
     except ValueError:
         uninstall_attention(model)
         raise
-    for path, own in fittings.items():
-        fit(model.get_submodule(path), own)
+    for path, own in patches.items():
+        patch(model.get_submodule(path), own)
     _attach(model, config)
     return model
 
 
-def fittings_for(model: nn.Module, entries: Iterable[Entry], training: Training,
-                 hessians: Mapping[str, Tensor] | None = None) -> dict[str, Fittings]:
-    """Return what `fit` gives the layers of planned weights, by the layers' names.
+def patches_for(model: nn.Module, entries: Iterable[Entry], training: Training,
+                hessians: Mapping[str, Tensor] | None = None) -> dict[str, Patch]:
+    """Return what `patch` gives the layers of planned weights, by the layers' names.
 
     Quantizers of weights are initialised, but for weights on the meta device.
     """
-    entries, hessians, fittings = list(entries), hessians or {}, {}
+    entries, hessians, patches = list(entries), hessians or {}, {}
     strange = next((name for name in hessians if name not in {e.name for e in entries}), None)
     if strange is not None:
         raise ValueError(f"a Hessian is given for {strange}, which is no weight to prepare")
@@ -99,10 +99,10 @@ def fittings_for(model: nn.Module, entries: Iterable[Entry], training: Training,
         path, weight = entry.name.rpartition(".")[0], model.get_parameter(entry.name)
         if entry.target.tied:
             source = model.get_submodule(entry.target.tied.rpartition(".")[0])
-            fittings[path] = Fittings(None, source=source)
+            patches[path] = Patch(None, source=source)
             continue
-        own = Fittings(_weight_quantizer(entry, training, weight.device),
-                       _input_quantizer(entry, weight.device))
+        own = Patch(_weight_quantizer(entry, training, weight.device),
+                    _input_quantizer(entry, weight.device))
         if not weight.is_meta:
             if not bool(weight.isfinite().all()):
                 raise EncodeError(f"{entry.name} has NaN or infinite values: prepare a model whose "
@@ -112,8 +112,8 @@ def fittings_for(model: nn.Module, entries: Iterable[Entry], training: Training,
         for module in (own.quantizer, own.input):
             if module is not None:
                 module.train(model.get_submodule(path).training)
-        fittings[path] = own
-    return fittings
+        patches[path] = own
+    return patches
 
 
 def _weight_quantizer(entry: Entry, training: Training, device: torch.device) -> WeightQuantizer:
@@ -283,12 +283,12 @@ def coverage(model: PreTrainedModel) -> Coverage:
 @contextmanager
 def _as_dense(layers: Mapping[str, FakeQuantLayer]) -> Iterator[None]:
     """Let layers be dense for a while."""
-    taken = {layer: strip(layer) for layer in layers.values()}
+    taken = {layer: unpatch(layer) for layer in layers.values()}
     try:
         yield
     finally:
-        for layer, fittings in taken.items():
-            fit(layer, fittings)
+        for layer, own in taken.items():
+            patch(layer, own)
 
 
 def _is_quantizers(model: nn.Module, name: str) -> bool:
@@ -311,7 +311,8 @@ def set_parameter(model: PreTrainedModel, parameter: float) -> None:
     For schedules. Identities, of embeddings for instance, stay. Raises ValueError where there is
     nothing else.
     """
-    found = [own for own in _weight_quantizers(model) if own.estimator != "identity"]
+    found = [layer.weight_quantizer for layer in _prepared(model).values()
+             if layer.weight_quantizer.estimator != "identity"]
     if not found:
         raise ValueError("all estimators of this model are the identity, which has no parameter")
     for own in found:
@@ -333,14 +334,10 @@ def drop_second_basis(model: PreTrainedModel) -> None:
     if not names:
         raise ValueError("no weight of this model has two learned bases")
     for name in names:
-        model.get_submodule(name.rpartition(".")[0]).weight_quantizer.drop_second()
+        layers[name.removesuffix(".weight")].weight_quantizer.drop_second()
     others = [f"{path}.weight" for path in layers if f"{path}.weight" not in names]
     overrides = model.config.quantization_config.overrides
     overrides[_pattern(names, others)] = {"planes": 1}
-
-
-def _weight_quantizers(model: nn.Module) -> list[WeightQuantizer]:
-    return [layer.weight_quantizer for layer in _prepared(model).values() if layer.source is None]
 
 
 # --- in training -> packed -----------------------------------------------------------------------
@@ -368,7 +365,7 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
     packed = {path: layer.packed() for path, layer in layers.items() if layer.source is None}
     asked = model.config.quantization_config.to_dict()
     asked.pop("training", None)
-    inputs = {path: strip(layer).input for path, layer in layers.items()}
+    inputs = {path: unpatch(layer).input for path, layer in layers.items()}
     for path, weight in packed.items():
         install(model, f"{path}.weight", weight, inputs[path])
     _attach(model, _config(asked | {"stage": "packed"}))

@@ -264,11 +264,11 @@ class FourierNoise(nn.Module):
         super().__init__()
         inner = max(1, width // reduction)
         random = torch.Generator().manual_seed(seed)
-        # On the CPU like its generator, also where a skeleton is made on the meta device.
-        down = torch.randn(inner, width, generator=random, device="cpu")
-        up = torch.randn(width, inner, generator=random, device="cpu")
-        self.down = nn.Parameter(down / math.sqrt(width))
-        self.up = nn.Parameter(up / math.sqrt(inner))
+        # Drawn on the CPU like its generator, so that the same seed gives the same on any device.
+        down = torch.randn(inner, width, generator=random, device="cpu") / math.sqrt(width)
+        up = torch.randn(width, inner, generator=random, device="cpu") / math.sqrt(inner)
+        device = torch.get_default_device()
+        self.down, self.up = nn.Parameter(down.to(device)), nn.Parameter(up.to(device))
 
     def forward(self, x: Tensor, amount: float, unit: Tensor | None = None) -> Tensor:
         """Return zeros of the shape and dtype of x [..., width]."""

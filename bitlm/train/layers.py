@@ -107,7 +107,7 @@ def _product(layer: FakeQuantLayer, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Fittings:
+class Patch:
     """What turns a dense layer into one with a fake-quant weight: see FakeQuantLayer."""
 
     quantizer: WeightQuantizer | None
@@ -115,25 +115,24 @@ class Fittings:
     source: nn.Module | None = None
 
 
-def fit(layer: nn.Module, fittings: Fittings) -> None:
+def patch(layer: nn.Module, own: Patch) -> None:
     """Let a linear layer, Conv1D or embedding have a fake-quant weight, in place."""
     layer.__dict__["dense_class"] = type(layer)
     if is_conv1d(layer):
         layer.__class__ = FakeQuantConv1D
     else:
         layer.__class__ = FakeQuantLinear if isinstance(layer, nn.Linear) else FakeQuantEmbedding
-    for name in ("quantizer", "input"):
-        child = getattr(fittings, name)
-        layer.register_module(name, child if child is None else child.train(layer.training))
-    layer.__dict__["source"] = fittings.source  # not as a child: it has its own place
+    layer.register_module("quantizer", own.quantizer)
+    layer.register_module("input", own.input)
+    layer.__dict__["source"] = own.source  # not as a child: it has its own place
 
 
-def strip(layer: FakeQuantLayer) -> Fittings:
+def unpatch(layer: FakeQuantLayer) -> Patch:
     """Make a dense layer again of one with a fake-quant weight, in place; return what it had."""
-    fittings = Fittings(layer._modules.pop("quantizer"), layer._modules.pop("input"),
-                        layer.__dict__.pop("source"))
+    own = Patch(layer._modules.pop("quantizer"), layer._modules.pop("input"),
+                layer.__dict__.pop("source"))
     layer.__class__ = layer.__dict__.pop("dense_class")
-    return fittings
+    return own
 
 
 def fake_quant_layers(model: nn.Module) -> dict[str, FakeQuantLayer]:

@@ -43,11 +43,13 @@ COMMON: dict[str, Any] = {
     "student": "",          # dense model that the student is made from; "": the teacher
     "data": "",             # file, folder of split files, or hub id
     "limit": 0,             # rows of training data; 0: all
-    "scheme": "w1a8",       # w1a16, w1a8, w1.58a8, w1a1+estimators, ...; several with commas
+    "scheme": "w1a8",       # w1a16, w1a8, w1.58a8, w1a1+estimators, ...; several with commas;
+                            # "": only the teacher
     "weights": "tbt",       # how weights become codes, see `schemes.WEIGHTS`
-    "placement": "tbt",     # which activations are rounded: tbt, bit, bipft
+    "placement": "tbt",     # which activations are rounded: tbt, bit, bipft, minmax
     "estimators": 0,        # rank of BiPFT's low-rank estimators; 0: none
     "estimator": "identity",  # of the gradient of codes, see `estimators.ESTIMATORS`
+    "noise": False,         # FDA's learned noise, with estimator fda
     "embeddings": 0,        # bits of token embeddings: 1, 2 (ternary), 3 to 8; 0: dense
     "skip": [],             # regular expressions of weights that stay dense
     "fields": {},           # fields of the Scheme that differ, as {group_size = 64}

@@ -66,7 +66,7 @@ def request(settings: SimpleNamespace) -> Request:
     scheme, training = WEIGHTS[settings.weights][bits]
     changes = plain(settings.fields)
     estimator(settings.estimator)
-    training = replace(training, estimator=settings.estimator)
+    training = replace(training, estimator=settings.estimator, noise=settings.noise)
     found = None
     if match[2] != "16":
         found = placement_named(settings.placement, int(match[2]))

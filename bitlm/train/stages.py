@@ -6,13 +6,16 @@
     out/w1a1/ ...              each student is the next one's teacher and its first weights (BiT)
     out/packed/                the last student, packed
     out/result.json            metrics, settings, seconds
+    out/valid.jsonl            the rows to measure on, where the recipe makes them (denoise)
 
-A stage is done when its result.json is there; until then it has checkpoints/, from the newest of
-which it goes on when the same command is run again.
+With scheme "" there is a teacher only, for several runs that shall have the same one. A stage is
+done when its result.json is there; until then it has checkpoints/, from the newest of which it goes
+on when the same command is run again.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +52,7 @@ from .schemes import request
 from .weights import WeightQuantizer
 from .work import LOG, RESULT, is_main, make, on_cpu, result, wait, work, write
 
+VALID = "valid.jsonl"
 Say = Callable[[str], None]
 
 
@@ -58,7 +62,8 @@ class Job:
 
     load: a folder or hub id -> the model, dense, in training or packed. tokenizer: of all models.
     rows: training data. collate: model -> collator. measure: (model, quick) -> scores by name;
-    quick: while it trains. headline: the score that counts. lower: a smaller one is better.
+    quick: while it trains. headline: the score that counts. lower: a smaller one is better. valid:
+    the rows that are measured, where no file has them; they are kept for `bitlm evaluate`.
     """
 
     load: Callable[[str], PreTrainedModel]
@@ -68,6 +73,7 @@ class Job:
     measure: Callable[[nn.Module, bool], Mapping[str, float]]
     headline: str
     lower: bool = False
+    valid: Sequence[dict[str, Any]] = ()
 
 
 def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
@@ -86,6 +92,9 @@ def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
         if done is not None:
             say(f"{out} is finished already: {RESULT} has its scores")
             return done
+        if job.valid and is_main():
+            (out / VALID).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n"
+                                             for row in job.valid), "utf-8")
         start, results = time.perf_counter(), {}
         folder, results["teacher"] = _teacher(settings.at(), job, out, say)
         dense = top.student or folder
@@ -95,13 +104,14 @@ def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
             folder = str(out / _folder(name) / "model")
         if not is_main():
             return {}
-        packed = _packed(job, folder, out / "packed")
+        packed = _packed(job, folder, out / "packed") if names else None
         done = {"recipe": settings.recipe, "profile": settings.profile, "settings": plain(top),
                 "stages": results, "packed": packed,
                 "seconds": sum(each["seconds"] for each in results.values()),
                 "wall_seconds": time.perf_counter() - start, "versions": _versions()}
         write(out / RESULT, done)
-        say(f"packed: {out / 'packed'}, {_shown(packed['metrics'])}")
+        if packed:
+            say(f"packed: {out / 'packed'}, {_shown(packed['metrics'])}")
         return done
 
 
@@ -111,7 +121,7 @@ def check(settings: Settings) -> tuple[SimpleNamespace, list[str]]:
     top = settings.at()
     if not top.out:
         raise RecipeError("say where to write: out=FOLDER")
-    names = [name.strip() for name in top.scheme.split(",")]
+    names = [name.strip() for name in top.scheme.split(",")] if top.scheme else []
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
         raise RecipeError(f"scheme {repeated!r} comes twice: each stage has a folder of its name")

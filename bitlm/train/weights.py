@@ -31,18 +31,19 @@ from ..ops.bits import pack_bits
 from ..scheme import Scheme, SchemeError
 from ..weight import TensorHolder
 from .coded import DIVERGED, Coded, code, measured, spread
+from .estimators import FourierNoise, fda_noise, row_unit, sign, straight_through
 from .estimators import estimator as known_estimator
-from .estimators import row_unit, sign, straight_through
 
 
 def quantizer(scheme: Scheme, shape: tuple[int, int], *, learned: bool = False,
               estimator: str = "identity", parameter: float | None = None,
-              unit: float | None = None, clip: bool = False, name: str = "weight"
-              ) -> WeightQuantizer:
+              unit: float | None = None, clip: bool = False, noise: bool = False,
+              name: str = "weight") -> WeightQuantizer:
     """Return the quantizer of a weight [N, K] = shape, not yet initialised.
 
     learned: scales that are Parameters, in place of measured ones. clip: measured scales only, let
-    no gradient through where |W - mean| >= scale (TBT's paper form). The rest: `WeightQuantizer`.
+    no gradient through where |W - mean| >= scale (TBT's paper form). noise: see MeasuredScales. The
+    rest: `WeightQuantizer`.
     Raises SchemeError for a scheme that cannot be trained so.
     """
     common = {"estimator": estimator, "parameter": parameter, "unit": unit, "name": name}
@@ -51,9 +52,11 @@ def quantizer(scheme: Scheme, shape: tuple[int, int], *, learned: bool = False,
     elif scheme.method == "salient":
         found = FrozenSalient(scheme, shape, **common)
     else:
-        return MeasuredScales(scheme, clip=clip, **common)
+        return MeasuredScales(scheme, clip, shape[1] if noise else 0, **common)
     if clip:
         raise SchemeError("clip is for measured scales: use the estimator clipped")
+    if noise:
+        raise SchemeError("noise is for measured scales: leave it out, or learned")
     return found
 
 
@@ -122,16 +125,22 @@ class MeasuredScales(WeightQuantizer):
     levels "twn". A ternary code's gradient is that of its two steps (`straight_through`).
 
     Other estimators than the identity, and clip, are for one plane of method binary or ternary.
+    noise: columns of the weight, to train FDA's learned noise beside its series; 0: without.
+    Schedules set `amount`, the part of the noise that is still in the gradient.
     """
 
-    def __init__(self, scheme: Scheme, clip: bool = False, **common) -> None:
+    def __init__(self, scheme: Scheme, clip: bool = False, noise: int = 0, **common) -> None:
         super().__init__(scheme, **common)
         if scheme.method == "salient":
             raise SchemeError("method salient has frozen weights: use FrozenSalient")
         if (clip or self.estimator != "identity") and (scheme.planes > 1 or scheme.refit):
             raise SchemeError("estimators other than identity, and clip, follow the code of one "
                               "plane: use planes 1 and refit 0")
+        if noise and self.estimator != "fda":
+            raise SchemeError(f"noise corrects the series of the estimator fda: the estimator is "
+                              f"{self.estimator}")
         self.clip = clip
+        self.noise, self.amount = FourierNoise(noise) if noise else None, fda_noise(0.0)
         self._wave = known_estimator(self.estimator).wave is not None
         if self._wave and scheme.method != "binary":
             raise SchemeError(f"estimator {self.estimator} has binary codes: use method binary")
@@ -145,8 +154,12 @@ class MeasuredScales(WeightQuantizer):
         if self.clip:
             inside = rest.detach().abs() < coded.spread(coded.scales[0])
             rest = torch.where(inside, rest, rest.detach())
-        return straight_through(rest, values, self.estimator, self._strength(),
-                                self._units(weight), self._cut(rest, coded))
+        units = self._units(weight)
+        values = straight_through(rest, values, self.estimator, self._strength(), units,
+                                  self._cut(rest, coded))
+        if self.noise is not None and torch.is_grad_enabled():
+            values = values + self.noise(rest, self.amount, units)
+        return values
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         return self._coded(weight).tensors(self.scheme)

@@ -23,7 +23,7 @@ def work(out: Path, settings: Settings, names: list[str]) -> Iterator[None]:
     """Hold an output folder; raises JobError where it is another's, or had other settings."""
     identity = json.loads(json.dumps({"recipe": settings.recipe} | {
         name: {key: value for key, value in plain(settings.at(scheme=name)).items()
-               if key != "out"} for name in names}))
+               if key != "out"} for name in names or [""]}))
     if not is_main():
         wait()
         yield

@@ -137,6 +137,33 @@ def test_a_given_teacher_is_not_trained_and_the_best_checkpoint_is_kept(run, wor
     assert '"eval_accuracy"' in log
 
 
+def test_a_teacher_alone_and_students_that_share_it(run, world, tmp_path):
+    teacher, out = tmp_path / "teacher", tmp_path / "out"
+    result = run("distill", *glue(world, teacher, "scheme="))
+    assert result.exit_code == 0, result.output
+    found = read(teacher / "result.json")
+    assert list(found["stages"]) == ["teacher"] and found["packed"] is None
+    assert run("distill", *glue(world, teacher, "scheme=")).exit_code == 0
+    assert "made with other settings" in run("distill", *glue(world, teacher)).stderr
+    own = f"teacher.model={teacher / 'teacher' / 'model'}"
+    assert run("distill", *glue(world, out, own)).exit_code == 0
+    again = read(out / "result.json")["stages"]["teacher"]
+    assert again["metrics"] == found["stages"]["teacher"]["metrics"] and again["steps"] == 0
+
+
+def test_losses_of_classes_are_refused_for_a_task_that_has_none(run, world, tmp_path):
+    rows = [{"sentence1": sentence(n), "sentence2": sentence(n + 1), "label": n % 5}
+            for n in range(8)]
+    for split in ("train", "dev"):
+        lines(tmp_path / "data" / "stsb" / f"{split}.jsonl", rows)
+    result = run("distill", *glue(world, tmp_path / "out", f"data={tmp_path / 'data'}",
+                                  "task=stsb", 'losses=[["kl", 1.0]]'))
+    assert result.exit_code == 1
+    assert "stsb predicts a number, which has no classes: use logits_mse in place of kl" \
+        in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_denoising_from_nothing(run, world, tmp_path):
     out = tmp_path / "out"
     result = run("distill", "summarization", "task=denoise", f"data={world / 'stories.jsonl'}",
@@ -149,6 +176,9 @@ def test_denoising_from_nothing(run, world, tmp_path):
     assert "rougeL" in found["packed"]["metrics"]
     log = json.loads((out / "w1a1" / "log.jsonl").read_text().splitlines()[0])
     assert {"task", "soft_cross_entropy", "hidden_mse", "attention_mse", "hidden_mse_2"} <= set(log)
+    result = run("evaluate", out / "packed", "--task", "summarization", "--data",
+                 out / "valid.jsonl", "--limit", "2", "--max-length", "8")
+    assert result.exit_code == 0 and "lead" in result.stdout, result.output
 
 
 def test_translation_from_nothing_with_ternary_embeddings(run, world, tmp_path):

@@ -196,6 +196,13 @@ def test_load_refuses_in_one_line(folder, tmp_path, monkeypatch):
     del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
     refused(cut, "lacks model.layers.0.mlp.up_proj.weight")
+    for labels in (0, 2):  # a classifier uses its pooler
+        bert = make_bert(tmp_path / f"bert{labels}", labels=labels)
+        tensors = load_file(bert / "model.safetensors")
+        save_file({name: tensor for name, tensor in tensors.items() if "pooler" not in name},
+                  bert / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(tmp_path / "bert0")[0] is not None
+    refused(tmp_path / "bert2", "lacks bert.pooler.dense.bias and 1 more")
     (cut / "config.json").write_text('{"model_type": "nothing_known"}')
     refused(cut, "cannot be loaded")
 

@@ -20,7 +20,7 @@ from bitlm.train.callbacks import (
     read_log,
     seconds_of,
 )
-from bitlm.train.estimators import ESTIMATORS
+from bitlm.train.estimators import ESTIMATORS, fda_noise
 from tests.train.test_distill import bert, collate, trainer
 from tests.train.test_distill import rows as data
 
@@ -34,6 +34,7 @@ def test_estimators_follow_their_schedule(name):
         EstimatorSchedule().on_step_begin(None, state, TrainerControl(), model=model)
         own = model.bert.encoder.layer[0].output.dense.weight_quantizer
         assert own.parameter == pytest.approx(schedule(step / 10))
+        assert own.amount == pytest.approx(fda_noise(step / 10))
         assert model.config.quantization_config.training["parameter"] == pytest.approx(
             schedule(step / 10))
 

@@ -322,6 +322,23 @@ def test_the_parameter_of_estimators(tmp_path):
         set_parameter(prepare(lively("llama"), BINARY), 1.0)
 
 
+def test_the_noise_of_fda_trains_and_is_gone_when_packed(tmp_path):
+    model = prepare(lively("llama"), BINARY, training=Training(estimator="fda", noise=True),
+                    embeddings=8)
+    own = model.model.layers[0].mlp.up_proj.quantizer
+    before = own.noise.up.detach().clone()
+    train(model, "llama")
+    assert not torch.equal(own.noise.up, before) and model.lm_head.quantizer.noise is None
+    model.save_pretrained(tmp_path)
+    again = zoo.auto_class("llama").from_pretrained(tmp_path)
+    assert torch.equal(again.model.layers[0].mlp.up_proj.quantizer.noise.up, own.noise.up)
+    assert torch.equal(zoo.output(again, "llama"), zoo.output(model, "llama"))
+    finished(model, "llama", tmp_path)
+    for training in (Training(noise=True), Training(True, "fda", noise=True)):
+        with pytest.raises(SchemeError, match="cannot be trained so: noise"):
+            prepare(lively("llama"), BINARY, training=training)
+
+
 def test_dropping_the_second_basis(tmp_path):
     model = prepare(lively("llama"), BASES, training=LEARNED, placement=("tbt", 1),
                     overrides={"q_proj": {"planes": 1}, r"layers\.1\.mlp": {"method": "grid"}})

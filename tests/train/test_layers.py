@@ -17,31 +17,31 @@ from bitlm.train.layers import (
     FakeQuantConv1D,
     FakeQuantEmbedding,
     FakeQuantLinear,
-    Fittings,
+    Patch,
     fake_quant_layers,
-    fit,
-    strip,
+    patch,
+    unpatch,
 )
 from bitlm.train.weights import quantizer
 
 ROW = Scheme(group_size="row")
 
 
-def fitted(layer, scheme=ROW, input=None, source=None, **options):
+def patched(layer, scheme=ROW, input=None, source=None, **options):
     """Return a layer that was given a fake-quant weight, its quantizer initialised."""
     matrix = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
     own = None
     if source is None:
         own = quantizer(scheme, tuple(matrix.shape), name="layer.weight", **options)
         own.initialise(matrix)
-    fit(layer, Fittings(own, input, source))
+    patch(layer, Patch(own, input, source))
     return layer
 
 
 def packed(layer):
     """Return the packed layer that finishing makes."""
     holder = nn.Sequential(copy.deepcopy(layer))
-    weight, own = holder[0].packed(), strip(holder[0])
+    weight, own = holder[0].packed(), unpatch(holder[0])
     install(holder, "0.weight", weight, own.input)
     return holder[0]
 
@@ -49,7 +49,7 @@ def packed(layer):
 def test_a_linear_layer():
     layer = nn.Linear(8, 3)
     weight = layer.weight
-    fitted(layer)
+    patched(layer)
     assert type(layer) is FakeQuantLinear and isinstance(layer, nn.Linear)
     assert layer.weight is weight and list(layer.state_dict()) == ["weight", "bias"]
     x = torch.randn(2, 5, 8)
@@ -61,7 +61,7 @@ def test_a_linear_layer():
 
 
 def test_conv1d():
-    layer = fitted(Conv1D(3, 8), Scheme("ternary", group_size=4), learned=True)
+    layer = patched(Conv1D(3, 8), Scheme("ternary", group_size=4), learned=True)
     assert type(layer) is FakeQuantConv1D and layer.quantizer.scales.shape == (3, 2)
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(layer(x), x @ layer.fake_quant().T + layer.bias)
@@ -82,7 +82,7 @@ def test_conv1d():
 ])
 def test_inputs_are_rounded_as_the_packed_layer_rounds_them(scheme, spec):
     input = None if spec is None else build(spec, 64, "layer.input")
-    layer = fitted(nn.Linear(64, 16), scheme, input)
+    layer = patched(nn.Linear(64, 16), scheme, input)
     x = torch.randn(4, 64, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.abs().sum() > 0
@@ -94,7 +94,7 @@ def test_inputs_are_rounded_as_the_packed_layer_rounds_them(scheme, spec):
 
 
 def test_rounding_by_the_scheme_passes_the_gradient():
-    layer = fitted(nn.Linear(8, 3), ROW.replace(activation="int8"))
+    layer = patched(nn.Linear(8, 3), ROW.replace(activation="int8"))
     x = torch.randn(2, 8, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.fake_quant().sum(0).expand(2, 8))
@@ -108,7 +108,7 @@ def test_rounding_by_the_scheme_passes_the_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings(make, dtype):
     dense = make().to(dtype)
-    layer = fitted(copy.deepcopy(dense))
+    layer = patched(copy.deepcopy(dense))
     assert type(layer) is FakeQuantEmbedding
     ids = torch.tensor([[0, 1, 6], [6, 3, 1]])
     rows = layer(ids)
@@ -122,10 +122,10 @@ def test_embeddings(make, dtype):
 
 
 def test_a_tied_layer_has_the_quantizer_of_its_source():
-    table = fitted(nn.Embedding(6, 8), Scheme("salient", salient=0.25))
+    table = patched(nn.Embedding(6, 8), Scheme("salient", salient=0.25))
     head = nn.Linear(8, 6, bias=False)
     head.weight = table.weight
-    fitted(head, source=table)
+    patched(head, source=table)
     assert "quantizer.mask" in table.state_dict() and list(head.state_dict()) == ["weight"]
     assert torch.equal(head.fake_quant(), table.fake_quant())
     assert head.weight_quantizer is table.quantizer
@@ -136,14 +136,14 @@ def test_a_tied_layer_has_the_quantizer_of_its_source():
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(8, 4), lambda: Conv1D(4, 8),
                                   lambda: nn.Embedding(4, 8)])
-def test_strip_undoes_fit(make):
+def test_unpatch_undoes_patch(make):
     layer = make()
     before, names = type(layer), list(layer.__dict__)
-    fitted(layer, learned=True)
-    own = strip(layer)
+    patched(layer, learned=True)
+    own = unpatch(layer)
     assert type(layer) is before and list(layer.__dict__) == names
     assert list(layer.state_dict()) in (["weight"], ["weight", "bias"])
-    fit(layer, own)
+    patch(layer, own)
     assert layer.quantizer is own.quantizer and layer.fake_quant().shape == (4, 8)
 
 
@@ -156,7 +156,7 @@ def test_strip_undoes_fit(make):
     (Scheme(group_size="row", activation="int8"), {"estimator": "biper"}),
 ])
 def test_the_packed_weight_is_exactly_the_fake_quant_one(scheme, options):
-    layer = fitted(nn.Linear(8, 5), scheme, **options)
+    layer = patched(nn.Linear(8, 5), scheme, **options)
     weight = layer.packed()
     assert torch.equal(weight.dequantize(), layer.fake_quant())
     assert weight.activation == scheme.activation and weight.dtype == torch.float32

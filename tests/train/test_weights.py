@@ -53,6 +53,23 @@ def dense(made, weight, dtype=torch.float32):
     return dequantize(list(tensors.values()), form.text, dtype)
 
 
+def test_the_noise_of_fda_is_in_the_gradient_alone():
+    weight = random_weight(16, 64)
+    plain, noisy = (ready(ROW, weight, estimator="fda", noise=noise) for noise in (False, True))
+    grads = []
+    for made in (plain, noisy):
+        own = weight.clone().requires_grad_()
+        values = made(own)
+        assert torch.equal(values, dense(made, weight))
+        values.backward(torch.ones_like(weight))
+        grads.append(own.grad)
+    wanted = weight.clone().requires_grad_()
+    noise = noisy.noise(wanted, noisy.amount, row_unit(weight))
+    noise.backward(torch.ones_like(weight))
+    assert wanted.grad.any() and noisy.noise.up.grad.any()
+    torch.testing.assert_close(grads[1] - grads[0], wanted.grad)
+
+
 def same(one, two):
     assert one.keys() == two.keys() and list(one) == list(two)
     for name in one:

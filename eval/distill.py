@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""What distillation brings back: studies of the recipes, one result file a run.
+
+    eval/distill.py STUDY … --work DIR [--glue DIR] [--model DIR] [--pairs DIR] [--stories DIR]
+    eval/distill.py --list
+    eval/distill.py --tables
+
+--glue: a folder with a folder for each GLUE task (`sst2/train.jsonl`, `sst2/dev.jsonl`). --model:
+the encoder that is fine-tuned. --pairs: train.jsonl and dev.jsonl with `en` and `ro`. --stories:
+train.jsonl and valid.jsonl with `text`.
+
+A run is `bitlm distill` with a recipe and its settings in a folder of --work, then `bitlm evaluate`
+of what it packed beside its teacher. Its result goes to eval/results/distill/RUN.json; a run with a
+result is not done again, one that was interrupted goes on, and one that another process is at is
+left to that: start the command twice to use two cores. --tables prints what there is as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitlm.cli.doctor import cpu_model
+from bitlm.job import JobError, locked
+
+RESULTS = Path(__file__).parent / "results" / "distill"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    settings: KEY=VALUE of the recipe, with {glue}, {model}, ... for what the user's options name.
+    teacher: key of the run whose teacher it has; "": it trains its own.
+    """
+
+    study: str
+    name: str
+    recipe: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    teacher: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.study}-{self.name}"
+
+
+def _runs() -> dict[str, Run]:
+    runs: list[Run] = []
+
+    def study(name: str, recipe: str, common: dict[str, Any], students: dict[str, dict[str, Any]]
+              ) -> None:
+        runs.append(Run(name, "teacher", recipe, common | {"scheme": ""}))
+        runs.extend(Run(name, student, recipe, common | own, f"{name}-teacher")
+                    for student, own in students.items())
+
+    def glue(task: str) -> dict[str, Any]:
+        return {"profile": "small", "task": task, "data": "{glue}", "model": "{model}"}
+
+    w1a1 = {"scheme": "w1a1"}
+    estimators = {"scheme": "w1a1+estimators"}
+    study("sst2", "glue", glue("sst2"), {
+        "w1a8-0": {"scheme": "w1a8"}, "w1a1-0": w1a1, "w1a1+estimators-0": estimators,
+        "w1.58a8-0": {"scheme": "w1.58a8"}, "w1a16-0": {"scheme": "w1a16"},
+        "w1a1-1": w1a1 | {"seed": 1}, "w1a1+estimators-1": estimators | {"seed": 1},
+        "w1a8-1": {"scheme": "w1a8", "seed": 1}})
+    for task in ("mrpc", "cola", "stsb"):
+        study(task, "glue", glue(task), {"w1a8-0": {"scheme": "w1a8"}, "w1a1-0": w1a1})
+    # TBT against what it is compared with: BWN and TWN weights, and steps from the range of values.
+    plain = {"weights": "baseline", "placement": "minmax"}
+    pairs = {"w1.58a2": {"scheme": "w1.58a2"}, "w1a1": w1a1}
+    students = {"w1a8": {"scheme": "w1a8"}} | pairs | {
+        f"baseline-{name}": own | plain for name, own in pairs.items()}
+    study("translation", "translation",
+          {"profile": "small", "data": "{pairs}", "model": "new"}, students)
+    study("denoise", "summarization",
+          {"profile": "small", "task": "denoise", "data": "{stories}/train.jsonl",
+           "valid": "{stories}/valid.jsonl", "model": "new"}, students)
+    # How much the score moves with the learning rate, on a part of the data.
+    for factor in (0.4, 1, 2.5):
+        few = glue("sst2") | {"limit": 8000}
+        runs.append(Run("rates", f"teacher-{factor:g}", "glue",
+                        few | {"scheme": "", "teacher.lr": f"{factor * 5e-5:g}"}))
+        runs.extend(Run("rates", f"{scheme}-{factor:g}", "glue", few | {
+            "scheme": scheme, "lr": f"{factor * 5e-4:g}", "epochs": 1}, "sst2-teacher")
+            for scheme in ("w1a8", "w1.58a8", "w1a1", "w1a1+estimators"))
+    return {run.key: run for run in runs}
+
+
+RUNS = _runs()
+
+
+# --- running -------------------------------------------------------------------------------------
+
+def perform(run: Run, options: argparse.Namespace) -> None:
+    """Train, evaluate, and write the result, unless it is there."""
+    target = options.results / f"{run.key}.json"
+    if target.is_file():
+        return
+    out = options.work / run.key
+    teacher = options.work / (run.teacher or run.key) / "teacher" / "model"
+    if run.teacher and not (teacher / "config.json").is_file():
+        print(f"{run.key}: its teacher is not there yet", flush=True)
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(options.work / f"{run.key}.study"):
+            if target.is_file():
+                return
+            print(f"{run.key} ...", flush=True)
+            given = {key: str(value).format_map(_Paths(options))
+                     for key, value in run.settings.items()}
+            if run.teacher:
+                given["teacher.model"] = str(teacher)
+            _bitlm("distill", run.recipe, *(f"{key}={value}" for key, value in given.items()),
+                   f"out={out}")
+            save(target, run, out, given, evaluated(run, out, teacher, given))
+    except JobError as error:
+        print(f"{run.key}: {error}", flush=True)
+
+
+class _Paths(dict):
+    """What an option names, where a setting asks for it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__({name: value for name, value in vars(options).items() if value})
+
+    def __missing__(self, name: str) -> str:
+        raise SystemExit(f"this study needs --{name}: see --help")
+
+
+def evaluated(run: Run, out: Path, teacher: Path, given: dict[str, str]) -> dict[str, Any]:
+    """Return what `bitlm evaluate` says of the packed model beside its teacher, or of this alone.
+    """
+    model, path = (out / "packed", ["--against", str(teacher)]) if run.teacher else (teacher, [])
+    if run.recipe == "glue":
+        task = ["--task", f"glue/{given['task']}", "--data", f"{given['data']}/{given['task']}",
+                "--max-input", "64" if given["task"] in ("sst2", "cola") else "128"]
+    elif run.recipe == "translation":
+        task = ["--task", "translation", "--data", given["data"], "--source", "en",
+                "--target", "ro", *_GENERATION]
+    else:
+        task = ["--task", "summarization", "--data", str(out / "valid.jsonl"), *_GENERATION]
+    scratch = out / "evaluated.json"
+    _bitlm("evaluate", str(model), *task, *path, "--json", str(scratch))
+    return json.loads(scratch.read_text("utf-8"))
+
+
+_GENERATION = ("--beams", "2", "--max-length", "48", "--limit", "400")
+
+
+def _bitlm(*arguments: str) -> None:
+    command = [sys.executable, "-c", "from bitlm.cli import main; main()", *arguments]
+    print("  bitlm " + shlex.join(arguments), flush=True)
+    subprocess.run(command, check=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+
+
+def save(target: Path, run: Run, out: Path, given: dict[str, str], scores: dict[str, Any]) -> None:
+    """Write a run's result: scores, cost and settings; paths by their last part."""
+    trained = json.loads((out / "result.json").read_text("utf-8"))
+    named = _named(given)
+    data = {"run": run.key, "study": run.study, "name": run.name, "machine": cpu_model(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+            "command": shlex.join(["bitlm", "distill", run.recipe, *(
+                f"{key}={value}" for key, value in named.items())]),
+            "versions": trained["versions"],
+            "stages": {name: {key: value for key, value in stage.items() if key != "settings"}
+                       for name, stage in trained["stages"].items()},
+            "settings": _named(trained["settings"]), "packed": trained["packed"],
+            "evaluated": _named(scores)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    os.replace(part, target)
+
+
+def _named(tree: Any) -> Any:
+    """Return a tree of JSON types with paths cut to their last part: others have other folders."""
+    if isinstance(tree, dict):
+        return {key: _named(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_named(value) for value in tree]
+    is_path = isinstance(tree, str) and "/" in tree and Path(tree).exists()
+    return Path(tree).name if is_path else tree
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", nargs="*", help="studies or single runs, as --list names them")
+    parser.add_argument("--work", type=Path, help="folder of the trained models, several GB")
+    for name in ("glue", "model", "pairs", "stories"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--list", action="store_true", help="show the runs and which are done")
+    parser.add_argument("--tables", action="store_true", help="print the results as Markdown")
+    options = parser.parse_args()
+    if options.list:
+        for key in RUNS:
+            print(f"{key:32} {'done' * (options.results / f'{key}.json').is_file()}")
+    elif options.tables:
+        print(tables(options.results))
+    else:
+        if not options.study or not options.work:
+            parser.error("name studies and --work, or use --list or --tables")
+        work([key for key, run in RUNS.items() if {key, run.study} & set(options.study)], options)
+
+
+def work(keys: list[str], options: argparse.Namespace) -> None:
+    """Perform runs; wait for those that other processes are at, whose teachers others may need."""
+    if not keys:
+        raise SystemExit("no such study: --list shows them")
+    while keys:
+        for key in keys:
+            perform(RUNS[key], options)
+        keys = [key for key in keys if not (options.results / f"{key}.json").is_file()]
+        if keys:
+            time.sleep(30)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+def tables(folder: Path) -> str:
+    """Return the results of all studies as Markdown, a table a study."""
+    found = [json.loads((folder / f"{key}.json").read_text("utf-8")) for key in RUNS
+             if (folder / f"{key}.json").is_file()]
+    return "\n\n".join(table([each for each in found if each["study"] == study])
+                       for study in dict.fromkeys(each["study"] for each in found))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return one study as Markdown: a row for each run."""
+    metrics = [name for name in results[0]["evaluated"]["metrics"] if name in SHOWN]
+    lines = [f"| {results[0]['study']} | " + " | ".join(metrics)
+             + " | to the teacher | same predictions | MiB | minutes |",
+             "|---|" + "---|" * (len(metrics) + 4)]
+    for result in results:
+        own = result["evaluated"]
+        headline = own["headline"]
+        baseline = own.get("baselines") if result["name"] == "teacher" else None
+        for name, scores in (baseline or {}).items():
+            lines.append(f"| *{name}* | " + " | ".join(
+                shown(metric, {"value": scores[metric]}) for metric in metrics) + " | | | | |")
+        difference = own.get("difference", {}).get(headline)
+        size = (result["packed"] or {}).get("bytes")
+        seconds = sum(stage["seconds"] for stage in result["stages"].values())
+        lines.append(f"| {result['name']} | " + " | ".join(
+            shown(metric, own["metrics"][metric]) for metric in metrics) + " | "
+            + (shown(headline, difference, sign=True) if difference else "") + " | "
+            + (f"{own['agreement']:.1%}" if own.get("agreement") is not None else "") + " | "
+            + (f"{size / 2**20:.1f}" if size else "") + f" | {seconds / 60:.0f} |")
+    return "\n".join(lines)
+
+
+SHOWN = ("accuracy", "f1", "matthews", "pearson", "spearman", "mean", "rouge1", "rouge2", "rougeL",
+         "bleu", "chrf")
+
+
+def shown(metric: str, score: dict[str, float], sign: bool = False) -> str:
+    """Return a metric with its interval, GLUE's in percent."""
+    factor = 1 if metric.startswith(("rouge", "bleu", "chrf")) else 100
+    form = f"{'+' * sign}.1f"
+    text = f"{score['value'] * factor:{form}}"
+    return text + (f" [{score['low'] * factor:{form}}, {score['high'] * factor:{form}}]"
+                   if sign and "low" in score else "")
+
+
+if __name__ == "__main__":
+    main()
