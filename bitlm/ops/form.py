@@ -204,13 +204,34 @@ def incomplete(form: Form) -> list[str]:
     return problems
 
 
+# Tensors of a plane that cannot stand side by side.
+APART = (("signs", "trits"), ("mask", "trits"), ("scales", "row_scales"), ("zones", "row_scales"))
+# What plane 0 alone has where the others halve its scales.
+OF_FIRST = ("scales", "row_scales", "column_scales", "zones", "columns")
+
+
+def contradictory(form: Form) -> list[str]:
+    """Return what of a form cannot be together, one sentence each."""
+    problems = []
+    if form.rows % form.parts:
+        problems.append(f"{form.rows} rows do not divide into {form.parts} parts")
+    for plane in planes(form.names):
+        own = {n.rpartition(".")[2] for n in form.names if n.startswith(f"plane{plane}.")}
+        problems += [f"plane{plane} has {one} and {other}: it can have one of them"
+                     for one, other in APART if {one, other} <= own]
+        if plane and form.plane_ratio != 1:
+            problems += [f"plane{plane} has {name}, but its scales are those of plane0"
+                         for name in OF_FIRST if name in own]
+    return problems
+
+
 def check(form: Form, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
           ) -> list[str]:
     """Return what is wrong with the given tensors of a weight, one sentence each; [] when right.
 
     `shapes` and `dtypes` are keyed by tensor name; shapes include the expert axis if there is one.
     """
-    problems = incomplete(form)
+    problems = incomplete(form) + contradictory(form)
     lead = (form.experts,) if form.experts else ()
     inner = {n: tuple(s[len(lead):]) for n, s in shapes.items()}
     lengths = axis_lengths(form, inner)

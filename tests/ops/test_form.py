@@ -153,3 +153,20 @@ def test_only_plane_0_of_a_grid_needs_scales():
     names = ("plane0.signs", "plane0.scales", "plane1.signs")
     assert forms.incomplete(Form(8, 16, names, 8, plane_ratio=2)) == []
     assert forms.incomplete(Form(8, 16, names, 8)) != []
+
+
+@pytest.mark.parametrize("form, problem", [
+    (forms.Form(9, 16, ("plane0.signs", "plane0.scales"), 8, parts=2),
+     "9 rows do not divide into 2 parts"),
+    (forms.Form(8, 16, ("plane0.signs", "plane0.trits", "plane0.scales"), 8),
+     "plane0 has signs and trits"),
+    (forms.Form(8, 16, ("plane0.signs", "plane0.zones", "plane0.row_scales",
+                        "plane0.column_scales"), 8), "plane0 has zones and row_scales"),
+    (forms.Form(8, 16, ("plane0.signs", "plane0.scales", "plane1.signs", "plane1.scales"), 8,
+                plane_ratio=2), "plane1 has scales, but its scales are those of plane0"),
+    (forms.Form(8, 16, ("plane0.signs", "plane0.scales", "plane1.signs", "plane1.zones"), 8,
+                plane_ratio=2), "plane1 has zones"),
+])
+def test_what_cannot_be_together(form, problem):
+    found = forms.check(form, {}, {})
+    assert [text for text in found if text.startswith(problem)]
