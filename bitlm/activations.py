@@ -16,9 +16,12 @@ from .targets import compile_pattern
 
 
 def activations(model: nn.Module) -> dict[str, str]:
-    """Return the mode of each packed weight by name; embeddings, which are looked up, have none."""
-    return {name: getattr(weight, "activation", "float")
-            for name, weight in packed_weights(model).items() if not _looked_up(model, name)}
+    """Return the mode of each packed weight by name; embeddings, which are looked up, have none.
+
+    Of a layer with a quantizer of its inputs the quantizer's kind and bits: `elastic, 1 bit`.
+    """
+    return {name: _mode(model, name, weight) for name, weight in packed_weights(model).items()
+            if not _looked_up(model, name)}
 
 
 def set_activation(model: nn.Module, mode: str, pattern: str | None = None) -> None:
@@ -50,7 +53,7 @@ def set_activation(model: nn.Module, mode: str, pattern: str | None = None) -> N
         raise ValueError(f"activation {mode} is for layers trained with it, {tables[0]} is looked "
                          "up: name the layers by a pattern")
     for name in chosen if mode in LOW_BIT_ACTIVATIONS else ():
-        if getattr(model.get_submodule(name.rpartition(".")[0]), "input", None) is not None:
+        if _quantizer(model, name) is not None:
             raise ValueError(f"activation {mode}: the quantizer of the input says which levels "
                              f"{name} gets; use float, int16 or int8")
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -61,6 +64,18 @@ def set_activation(model: nn.Module, mode: str, pattern: str | None = None) -> N
         config.set_activation(mode, "|".join([pattern, *names]) if hidden else pattern)
     for name in chosen:
         packed[name].activation = mode
+
+
+def _mode(model: nn.Module, name: str, weight: nn.Module) -> str:
+    quantizer = _quantizer(model, name)
+    if quantizer is None:
+        return getattr(weight, "activation", "float")
+    return f"{quantizer.spec.kind}, {quantizer.spec.bits} bit{'s' * (quantizer.spec.bits > 1)}"
+
+
+def _quantizer(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the quantizer of the inputs of the layer that has this weight, or None."""
+    return getattr(model.get_submodule(name.rpartition(".")[0]), "input", None)
 
 
 def _looked_up(model: nn.Module, name: str) -> bool:

@@ -187,7 +187,8 @@ class DynamicQuantizer(ActivationQuantizer):
     """Equal steps over the range that the values have, of each token (the last axis) or the tensor.
 
     signed, 8 bits: round(127 x / max|x|) max|x| / 127, what kernels do. Unsigned, with n steps,
-    255 at 8 bits, 3 and 1 at 2 and 1, and r = max - min + 1e-8: round(n (x - min) / r) r / n + min.
+    255 at 8 bits, 3 and 1 at 2 and 1, and r = max - min + 1e-8: round(n (x - min) / r) r / n + min,
+    min at most 0, so that padding and masked keys, of which attention makes 0, change nothing.
     `clip` cuts values off first.
 
     The gradient passes unchanged, with `clip` only where |x| < clip. Source: TBT's code (range of
@@ -308,7 +309,8 @@ class _Dynamic(Function):
         if not steps:
             result = rounded(rows, "int8")
         else:
-            least = rows.amin(-1, keepdim=True)
+            # From 0 at most: a masked key's probability is 0, and how many there are is no matter.
+            least = rows.amin(-1, keepdim=True).clamp(max=0)
             reach = rows.amax(-1, keepdim=True) - least + 1e-8
             result = ((rows - least) / reach * steps).round() / steps * reach + least
             result = torch.where(rows.isfinite().all(-1, keepdim=True), result, rows)

@@ -210,7 +210,9 @@ def main() -> None:
     else:
         if not options.study or not options.work:
             parser.error("name studies and --work, or use --list or --tables")
-        work([key for key, run in RUNS.items() if {key, run.study} & set(options.study)], options)
+        chosen = [run for key, run in RUNS.items() if {key, run.study} & set(options.study)]
+        needed = {run.teacher for run in chosen} | {run.key for run in chosen}
+        work([key for key in RUNS if key in needed], options)
 
 
 def work(keys: list[str], options: argparse.Namespace) -> None:

@@ -51,7 +51,9 @@ def main() -> None:
         if not options.glue:
             parser.error("--work needs --glue, the texts to measure on")
         measured = measure(options.work, options.glue)
-        path.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
+        os.replace(part, path)
     if not path.is_file():
         parser.error("nothing is measured yet: give --work and --glue")
     rows = report(options.results, json.loads(path.read_text("utf-8"))["models"])
@@ -138,8 +140,9 @@ def report(folder: Path, measured: dict[str, Any]) -> list[dict[str, Any]]:
     for name, own in measured.items():
         scores = {task: found for task in TASKS
                   if (found := _scores(results, task, name)) is not None}
-        base = {task: _scores(results, task, FULL)[0] for task in scores}
-        ratios = [max(statistics.mean(each), 0) / base[task] for task, each in scores.items()]
+        base = {task: found[0] for task in TASKS if (found := _scores(results, task, FULL))}
+        ratios = [max(statistics.mean(each), 0) / base[task] for task, each in scores.items()
+                  if task in base]
         minutes = _minutes(results, name)
         row = {"name": name, "scores": scores, "own": own, "minutes": minutes,
                "spread": spread[name], "task": _quadratic(ratios), "tasks": len(ratios),
@@ -178,7 +181,7 @@ def _spread(results: dict[str, Any], name: str) -> float | None:
 
 
 def _quadratic(ratios: list[float]) -> float:
-    return math.sqrt(sum(ratio * ratio for ratio in ratios) / len(ratios))
+    return math.sqrt(sum(ratio * ratio for ratio in ratios) / max(len(ratios), 1))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

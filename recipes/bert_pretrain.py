@@ -3,8 +3,10 @@
     bitlm distill bert_pretrain model=bert-base-uncased data=text.jsonl out=OUT          # BiPFT
     bitlm distill bert_pretrain model=DIR data=text.txt teacher.epochs=1 profile=small out=OUT
 
-OUT/packed is a masked language model; OUT/w1a1-estimators/model, which is still in training, is
-what a task is fine-tuned from. Source: BiPFT, arXiv 2312.08937.
+OUT/packed is a masked language model. OUT/w1a1-estimators/model, which is still in training, is
+what a task is fine-tuned from, and then packed; BiPFT (arXiv 2312.08937) has no teacher for that:
+
+    bitlm distill glue task=sst2 model=OUT/w1a1-estimators/model scheme= out=OUT2
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from transformers import AutoModelForMaskedLM, default_data_collator
 
 from bitlm.calibration.text import TextError, check_ids, read_texts, token_windows
 from bitlm.evaluate.batches import evaluating
+from bitlm.evaluate.language import check_reads
 from bitlm.evaluate.load import load_model
 from bitlm.source import quiet, resolve
 from bitlm.train import rows, stages
@@ -40,6 +43,7 @@ def run(settings, say=None):
         load=partial(load, top), tokenizer=tokenizer, headline="perplexity", lower=True,
         rows=rows.Noised(train.tolist(), noise, top.seed),
         collate=lambda model: default_data_collator,
+        check=lambda model: check_reads(model, top.length, "length"),
         measure=partial(measure, top, rows.Noised(valid.tolist(), noise, top.seed))), say)
 
 

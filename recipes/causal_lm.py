@@ -8,8 +8,6 @@ The dense model is the teacher as it is; with teacher.steps it is fine-tuned on 
 
 from __future__ import annotations
 
-from functools import partial
-
 from transformers import default_data_collator
 
 from bitlm.calibration.text import TextError, check_ids, read_texts, token_windows
@@ -34,7 +32,9 @@ def run(settings, say=None):
         return {"perplexity": language.perplexity(model, own).perplexity}
 
     return stages.run(settings, stages.Job(
-        load=partial(load, top), tokenizer=tokenizer, measure=measure, lower=True,
+        load=lambda name: load_model(name, dtype="float32")[0],  # small steps need it
+        check=lambda model: language.check_reads(model, top.length, "length"),
+        tokenizer=tokenizer, measure=measure, lower=True,
         rows=[{"input_ids": ids, "labels": ids} for ids in train.tolist()],
         collate=lambda model: default_data_collator, headline="perplexity"), say)
 
@@ -52,15 +52,6 @@ def windows(top, tokenizer, texts, held):
         cut = min(max(1, len(found) // 20), 500)
         found, valid = found[:-cut], found[-cut:]
     return found[:top.limit or None], valid[:top.windows or None]
-
-
-def load(top, name):
-    """Return a decoder in float32, which small steps need; refuse windows that it cannot read."""
-    model = load_model(name, dtype="float32")[0]
-    longest = language.context_length(model)
-    if longest is not None and top.length > longest:
-        raise TextError(f"windows of {top.length} tokens: {name} reads at most {longest}")
-    return model
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from bitlm.evaluate import glue, tasks
-from bitlm.evaluate.data import load_split
+from bitlm.evaluate import glue, language, tasks
+from bitlm.evaluate.data import DataError, load_split
 from bitlm.evaluate.load import load_model
 from bitlm.source import quiet, resolve
 from bitlm.train import stages
+from bitlm.train.recipe import RecipeError
 from bitlm.train.terms import LossError
 
 OF_CLASSES = {"kl", "soft_cross_entropy", "plackett_luce"}
@@ -33,6 +34,10 @@ OF_CLASSES = {"kl", "soft_cross_entropy", "plackett_luce"}
 def run(settings, say=None):
     """Run the recipe; returns what it writes to out/result.json."""
     top, names = stages.check(settings)
+    if top.task not in glue.TASKS:
+        raise RecipeError(f"unknown task {top.task!r}: use one of {', '.join(glue.TASKS)}")
+    if Path(top.data).is_file():
+        raise DataError(f"{top.data} is one file: name its folder, with train and dev files")
     check_losses(settings, names)
     work, short = evaluations(top)
     rows = load_split(folder(top), "train", top.task, top.limit or None)
@@ -48,6 +53,7 @@ def run(settings, say=None):
         load=partial(load, top), tokenizer=tokenizer, measure=measure,
         rows=encode(tokenizer, inputs, labels, top),
         collate=lambda model: DataCollatorWithPadding(tokenizer),
+        check=lambda model: language.check_reads(model, top.length, "length"),
         headline="mean" if len(metrics) > 1 or " + " in work.split else metrics[0]), say)
 
 

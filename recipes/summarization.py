@@ -18,19 +18,24 @@ from types import SimpleNamespace
 from transformers import AutoConfig, DataCollatorForSeq2Seq
 
 from bitlm.calibration.text import read_texts
-from bitlm.evaluate import summarization
+from bitlm.evaluate import generation, language, summarization
 from bitlm.evaluate.data import DataError, choose_split, load_split
 from bitlm.evaluate.generation import Settings
 from bitlm.evaluate.load import load_model, load_tokenizer
 from bitlm.source import resolve
 from bitlm.train import fresh, rows, stages
+from bitlm.train.recipe import RecipeError
 
+TASKS = ("summarization", "xsum", "cnn_dailymail", "denoise")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'A-Z])")
 
 
 def run(settings, say=None):
     """Run the recipe; returns what it writes to out/result.json."""
     top, _ = stages.check(settings)
+    if top.task not in TASKS:
+        raise RecipeError(f"unknown task {top.task!r}: use one of {', '.join(TASKS)}")
+    wanted = Settings(top.beams, top.length_penalty, top.min_length, top.max_length)
     if not top.data:
         raise DataError("say what to train on: data=FILE, a folder or a hub id")
     denoises = top.task == "denoise"
@@ -48,17 +53,21 @@ def run(settings, say=None):
                           top.summary_length, prefix)
         summarization.examples(valid)  # an empty reference should not show after the training
 
+    def check(model):
+        language.check_reads(model, top.length, "length")
+        generation.room(model, tokenizer, wanted, top.length)
+
     def measure(model, quick):
         found = summarization.measure(
-            model, tokenizer, valid[:quick and top.eval_limit or top.eval_rows or None],
-            Settings(top.beams, top.length_penalty, top.min_length, top.max_length), prefix=prefix,
-            lead_sentences=top.lead, batch_size=top.eval_batch, max_input=top.length, resamples=0)
+            model, tokenizer, valid[:quick and top.eval_limit or top.eval_rows or None], wanted,
+            prefix=prefix, lead_sentences=top.lead, batch_size=top.eval_batch,
+            max_input=top.length, resamples=0)
         return {name: score.value for name, score in found.scores.items()}
 
     return stages.run(settings, stages.Job(
         load=partial(load, top, tokenizer), tokenizer=tokenizer, rows=data, measure=measure,
         collate=lambda model: DataCollatorForSeq2Seq(tokenizer, model=model),
-        headline=summarization.HEADLINE, valid=valid if denoises else ()), say)
+        headline=summarization.HEADLINE, valid=valid if denoises else (), check=check), say)
 
 
 def summaries(top):
@@ -125,8 +134,8 @@ def load(top, tokenizer, name):
     if name != "new":
         return load_model(name, dtype="float32")[0]
     return fresh.new_bart(tokenizer, hidden=top.new.hidden, layers=top.new.layers,
-                          heads=top.new.heads, longest=max(top.length, top.summary_length) + 2,
-                          seed=top.seed)
+                          heads=top.new.heads, seed=top.seed,
+                          longest=max(top.length, top.summary_length, top.max_length) + 2)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 from transformers import AutoConfig, DataCollatorForSeq2Seq
 
-from bitlm.evaluate import translation
+from bitlm.evaluate import generation, translation
 from bitlm.evaluate.data import DataError, choose_split, load_split
 from bitlm.evaluate.generation import Settings
+from bitlm.evaluate.language import check_reads
 from bitlm.evaluate.load import load_model, load_tokenizer
 from bitlm.source import resolve
 from bitlm.train import fresh, rows, stages
@@ -26,6 +27,7 @@ from bitlm.train import fresh, rows, stages
 def run(settings, say=None):
     """Run the recipe; returns what it writes to out/result.json."""
     top, _ = stages.check(settings)
+    wanted = Settings(top.beams, top.length_penalty, top.min_length, top.max_length)
     (source, source_code), (target, target_code) = map(language, (top.source, top.target))
     train, valid = parallel(top)
     sources, targets = translation.examples(train, source, target)
@@ -33,10 +35,13 @@ def run(settings, say=None):
     tokenizer = tokenizer_of(top, sources + targets)
     prefix = prefix_of(top, tokenizer, source_code, target_code)
 
+    def check(model):
+        check_reads(model, top.length, "length")
+        generation.room(model, tokenizer, wanted, top.length)
+
     def measure(model, quick):
         found = translation.measure(
-            model, tokenizer, valid[:quick and top.eval_limit or None], source, target,
-            Settings(top.beams, top.length_penalty, top.min_length, top.max_length),
+            model, tokenizer, valid[:quick and top.eval_limit or None], source, target, wanted,
             codes=(source_code, target_code), batch_size=top.eval_batch, max_input=top.length,
             resamples=0)
         return {name: score.value for name, score in found.scores.items()}
@@ -45,7 +50,7 @@ def run(settings, say=None):
         load=partial(load, top, tokenizer), tokenizer=tokenizer, measure=measure,
         rows=rows.pairs(tokenizer, sources, targets, top.length, top.target_length, prefix),
         collate=lambda model: DataCollatorForSeq2Seq(tokenizer, model=model),
-        headline=translation.HEADLINE), say)
+        headline=translation.HEADLINE, check=check), say)
 
 
 def language(text):
@@ -88,8 +93,8 @@ def load(top, tokenizer, name):
     if name != "new":
         return load_model(name, dtype="float32")[0]
     return fresh.new_bart(tokenizer, hidden=top.new.hidden, layers=top.new.layers,
-                          heads=top.new.heads, longest=max(top.length, top.target_length) + 2,
-                          seed=top.seed)
+                          heads=top.new.heads, seed=top.seed,
+                          longest=max(top.length, top.target_length, top.max_length) + 2)
 
 
 if __name__ == "__main__":

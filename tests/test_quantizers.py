@@ -108,8 +108,16 @@ def test_eight_bits_of_each_token():
     assert not torch.allclose(whole(x)[:1], whole(x[:1]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_unsigned_steps_do_not_depend_on_masked_keys(bits):
+    module = build(Quantizer("dynamic", bits, signed=False))
+    alone = torch.tensor([[.1, .2, .3, .4]])
+    masked = torch.cat([alone, torch.zeros(1, 3)], 1)
+    assert torch.equal(module(masked)[:, :4], module(alone)) and not module(masked)[:, 4:].any()
+
+
 @pytest.mark.parametrize("bits, expected", [
-    (1, [[-1, -1, 3, 3], [0, 2, 0, 2]]), (2, [[-1, 1 / 3, 5 / 3, 3], [0, 2, 2 / 3, 4 / 3]])])
+    (1, [[-1., -1, 3, 3], [0, 2, 0, 2]]), (2, [[-1, 1 / 3, 5 / 3, 3], [0, 2, 2 / 3, 4 / 3]])])
 def test_few_steps_between_the_smallest_and_the_largest(bits, expected):
     module = build(Quantizer("dynamic", bits, signed=False))
     x = torch.tensor([[-1, .9, 1.1, 3], [0, 2, .5, 1.2]], requires_grad=True)

@@ -51,7 +51,8 @@ def _run(path: Path, file: Path | None, pairs: list[str], show: bool) -> None:
 
     found = recipes.settings(path, pairs, file)
     if show:
-        _show(recipes.plain(found.at()), found)
+        names = recipes.scheme_names(found.at().scheme) or [""]
+        _show([recipes.plain(found.at(scheme=name)) for name in names], names, found)
         return
     module = recipes.load(path)
     try:
@@ -67,12 +68,15 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _show(values: dict[str, Any], found: Any) -> None:
+def _show(stages: list[dict[str, Any]], names: list[str], found: Any) -> None:
+    """Show the settings of each stage, one column each."""
     from .output import console, table
 
-    rows = [(name, repr(value)) for name, value in _flat(values)]
+    columns = [dict(_flat(values)) for values in stages]
+    rows = [(name, *(repr(values.get(name)) for values in columns)) for name in columns[0]]
     console().print(f"{found.recipe}, profile {found.profile or 'none'}", "", table(
-        ("setting", "value"), rows, left=True), sep="\n", markup=False)
+        ("setting", *(name or "value" for name in names)), rows, left=True), sep="\n",
+        markup=False)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

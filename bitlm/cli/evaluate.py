@@ -70,7 +70,7 @@ def evaluate(
 ) -> None:
     """Measure a model on a text or a task."""
     from ..evaluate import tasks
-    from .output import check_target, console, write_json
+    from .output import check_target, console, write_json, write_text
 
     options = tasks.Options(
         split=split, limit=limit, batch_size=batch_size, max_input=max_input,
@@ -80,6 +80,8 @@ def evaluate(
     for path in (json, predictions):
         if path:
             check_target(path)
+    if json and predictions and json.resolve() == predictions.resolve():
+        raise UsageError(f"--json and --predictions both name {json}: give each a file of its own")
     try:
         chosen = tasks.find(task)
         if chosen.kind == "perplexity":
@@ -91,13 +93,15 @@ def evaluate(
                                                   "field": field})
             # The data first: a wrong path should not cost the loading of a model.
             work = tasks.prepare(chosen, data, options)
-            found = _task(model, task, work, against, activation, predictions)
+            found, lines = _task(model, task, work, against, activation)
     except tasks.TaskError as error:
         raise UsageError(str(error)) from None
     result, shown, card_rows = found
-    console().print(shown)
+    console().print(shown)  # first: nothing that goes wrong with a file should cost it
     if json:
         write_json(json, result | _versions())
+    if predictions:
+        write_text(predictions, lines)
     if _add_to_card(Path(model), card_rows):
         console().print(f"added to {Path(model) / 'README.md'}")
 
@@ -176,24 +180,35 @@ def _perplexity_row(result: dict[str, Any]) -> dict[str, str]:
     return row
 
 
-def _task(model: str, task: str, work: list[Any], against: str, activation: str | None,
-          predictions: Path | None) -> Found:
-    """Measure a model, then the dense one, so that neither counts in the other's memory."""
-    from ..evaluate import outcome
-    from ..source import resolve
-    from .output import table, write_text
+def _task(model: str, task: str, work: list[Any], against: str, activation: str | None
+          ) -> tuple[Found, str]:
+    """Measure a model, then the dense one, so that neither counts in the other's memory.
 
-    if against:
-        resolve(against)  # a wrong path should not show after an hour
-    found, dense = _measure(model, work, activation), None
-    if predictions:
-        write_text(predictions, outcome.predictions(found))
-    if against:
-        dense = _measure(against, work, None)
-        if predictions:
-            write_text(predictions, outcome.predictions(found, dense))
+    Returns what is found and the predictions as jsonl.
+    """
+    from ..evaluate import outcome
+    from .output import table
+
+    for name in filter(None, (model, against)):  # a wrong path should not show after an hour
+        _check_places(name, work)
+    found = _measure(model, work, activation)
+    dense = _measure(against, work, None) if against else None
     return (outcome.to_dict(found, task, dense), table(*outcome.table(found, dense)),
-            outcome.card_rows(found, dense))
+            outcome.card_rows(found, dense)), outcome.predictions(found, dense)
+
+
+def _check_places(model: str, work: list[Any]) -> None:
+    """Raise LoadError for a folder that is no model, and has none for any of the tasks."""
+    from ..evaluate.load import LoadError
+    from ..source import SourceError, resolve
+
+    try:
+        folder = resolve(model)
+    except SourceError as error:
+        raise LoadError(str(error)) from None
+    if not (folder / "config.json").is_file() and not any(
+            (Path(_place(model, each.task)) / "config.json").is_file() for each in work):
+        raise LoadError(f"{folder} has no config.json: is it a model folder?")
 
 
 def _measure(model: str, work: list[Any], activation: str | None) -> Any:
@@ -207,6 +222,10 @@ def _measure(model: str, work: list[Any], activation: str | None) -> Any:
     place = loaded = tokenizer = None
     for each in work:
         wanted = _place(model, each.task)
+        if len(work) > 1 and wanted == model and Path(model).is_dir() and \
+                not (Path(model) / "config.json").is_file():
+            skipped[each.task] = f"{model} has no model for it"
+            continue
         if wanted != place:
             loaded = tokenizer = None  # freed before the next one is loaded
             loaded, tokenizer = load_model(wanted, activation=activation)

@@ -67,10 +67,15 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def check_target(path: Path) -> None:
     """Raise OSError when a file cannot be written, before the work that it should hold."""
+    path = path.resolve()
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder: name a file", str(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder: make it first", str(path.parent))
+    if not path.exists() or path.is_file():
+        part = _part(path)
+        part.touch()
+        part.unlink()
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -79,8 +84,12 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once, keeping its mode."""
-    temporary = path.with_name(f".{path.name}.part")
+    """Replace a text file at once, keeping its mode; what a link points to, not the link."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a device or a pipe cannot be replaced
+        path.write_text(text, "utf-8")
+        return
+    temporary = _part(path)
     try:
         temporary.write_text(text, "utf-8")
         if path.exists():
@@ -89,6 +98,10 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def version() -> str:

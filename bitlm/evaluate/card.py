@@ -5,14 +5,15 @@ from __future__ import annotations
 HEADING = "## Measured"
 COLUMNS = ("Task", "Data", "Context", "Tokens", "Activations", "Perplexity", "Dense perplexity",
            "KL to dense", "Top-1 agreement", "Scores", "Dense scores")
-_KEYS = ("Task", "Data", "Context", "Activations")  # they tell which row a measurement replaces
+# They tell which row a measurement replaces.
+_KEYS = ("Task", "Data", "Context", "Tokens", "Activations")
 
 
 def add_measurement(card: str, row: dict[str, str]) -> str:
     """Return the model card with a row of the "Measured" table added.
 
-    row: text by column of COLUMNS, missing ones stay empty. A row of the same task, data, context
-    and activations is replaced; the table and its heading are made where they are missing.
+    row: text by column of COLUMNS, missing ones stay empty. A row of the same task, data, context,
+    tokens and activations is replaced; the table and its heading are made where they are missing.
     """
     row = {column: text.replace("|", "/").replace("\n", " ") for column, text in row.items()}
     before, rows, after = _split(card)

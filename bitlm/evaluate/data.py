@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def load_split(source: str | Path, split: str = "validation", config: str | None
 def splits(folder: str | Path, config: str | None = None) -> dict[str, list[Path]]:
     """Return the files of each split in a folder, in the order train, validation, test.
 
-    They are looked for in the folder, in its folder `config` and in its folder `data`. Raises
-    DataError when there are none.
+    They are looked for in the folder, in its folder `config` and in its folder `data`. A split is
+    one file or numbered parts (`-00000-of-00002`). Raises DataError when there are none, and for
+    two files of one split.
     """
     folder = Path(folder)
     for place in (folder, *([folder / config] if config else []), folder / "data"):
@@ -71,7 +73,11 @@ def splits(folder: str | Path, config: str | None = None) -> dict[str, list[Path
             suffix = next((each for each in SUFFIXES if name.endswith(each)), None)
             match = suffix and _SPLIT_FILE.fullmatch(name.removesuffix(suffix))
             if match:
-                found.setdefault(_canonical(match[1] + (match[2] or "")), []).append(path)
+                others = found.setdefault(_canonical(match[1] + (match[2] or "")), [])
+                if others and not match[3]:
+                    raise DataError(f"{others[-1]} and {path.name} are both of one split: name the "
+                                    "file to use, or move one of them")
+                others.append(path)
         if found:
             return {name: found[name] for name in sorted(found, key=_order)}
     raise DataError(f"{folder} has no file of a split: expected train, validation (or dev) and test"
@@ -151,9 +157,10 @@ def _read_text(path: Path) -> list[Row]:
             "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path} cannot be decompressed: {error}") from None
     if name.endswith(".csv"):
+        csv.field_size_limit(max(len(text), 1))  # a cell may be as long as a document
         return list(csv.DictReader(io.StringIO(text, newline="")))
     return _records(path, text)
 

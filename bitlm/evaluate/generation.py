@@ -33,10 +33,12 @@ class Settings:
     max_length: int = 128
 
     def __post_init__(self) -> None:
-        if self.beams < 1 or not 0 <= self.min_length <= self.max_length or self.max_length < 2:
-            raise EvaluationError(f"{self.beams} beams and a length of {self.min_length} to "
-                                  f"{self.max_length}: use 1 beam and 2 tokens or more, the "
-                                  "smallest length first")
+        for name, least in (("beams", 1), ("max_length", 2), ("min_length", 0)):
+            if getattr(self, name) < least:
+                raise EvaluationError(f"{name} is {getattr(self, name)}: use {least} or more")
+        if self.min_length > self.max_length:
+            raise EvaluationError(f"min_length is {self.min_length}, max_length {self.max_length}: "
+                                  "the smallest length cannot be the larger one")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,7 @@ def generate_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str],
     not generate, and for lengths that it has no room for.
     """
     settings = settings or Settings()
-    ids = encode(tokenizer, texts, _input_limit(model, tokenizer, settings, max_input), prefix,
-                 suffix)
+    ids = encode(tokenizer, texts, room(model, tokenizer, settings, max_input), prefix, suffix)
     decoder = not model.config.is_encoder_decoder
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id)
                 if token is not None), 0)
@@ -108,9 +109,13 @@ def encode(tokenizer: Any, texts: Sequence[str], limit: int, prefix: str = "", s
            ) -> list[list[int]]:
     """Return the token ids of prefix + text + suffix, the text cut so that `limit` tokens do.
 
-    Raises EvaluationError for an input of no tokens.
+    Raises EvaluationError for an input of no tokens, and where prefix and suffix leave no room.
     """
     tail = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
+    around = len(tokenizer(prefix)["input_ids"]) + len(tail)
+    if around >= limit:
+        raise EvaluationError(f"there is room for {limit} tokens of input, and what stands around "
+                              f"each text has {around}: use a smaller largest length of the output")
     ids = tokenizer([prefix + text for text in texts], truncation=True,
                     max_length=limit - len(tail))["input_ids"]
     for number, each in enumerate(ids, 1):
@@ -119,7 +124,7 @@ def encode(tokenizer: Any, texts: Sequence[str], limit: int, prefix: str = "", s
     return [[*each, *tail] for each in ids]
 
 
-def _input_limit(model: nn.Module, tokenizer: Any, settings: Settings, max_input: int) -> int:
+def room(model: nn.Module, tokenizer: Any, settings: Settings, max_input: int = INPUT) -> int:
     """Return how many tokens of input there is room for; EvaluationError where there is none."""
     if not model.can_generate():
         raise EvaluationError(f"{type(model).__name__} does not generate text")

@@ -87,7 +87,7 @@ def examples(task: str, rows: Rows, columns: Mapping[str, str] | None = None
     found = [texts(rows, pick_column(rows, [named.get(column, column)]))
              for column in wanted.columns]
     label = pick_column(rows, [named.get("label", "label")])
-    labels = [_label(wanted, row[label], number) for number, row in enumerate(rows, 1)]
+    labels = [_label(wanted, row.get(label), number) for number, row in enumerate(rows, 1)]
     return list(zip(*found)), labels
 
 
@@ -144,7 +144,10 @@ def label_order(model: nn.Module, task: str) -> list[int]:
     """
     labels = TASKS[task].labels
     named = {str(name).lower(): int(number)
-             for name, number in (model.config.label2id or {}).items()}
+             for number, name in (model.config.id2label or {}).items()}
+    if all(name.startswith("label_") for name in named):  # transformers' own: it was not said
+        named = {str(name).lower(): int(number)
+                 for name, number in (model.config.label2id or {}).items()} or named
     if labels and set(labels) == set(named):
         return [named[label] for label in labels]
     if labels and not all(name.startswith("label_") for name in named):

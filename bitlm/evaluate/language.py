@@ -80,6 +80,14 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
+def check_reads(model: nn.Module, tokens: int, what: str) -> None:
+    """Raise EvaluationError for inputs that are longer than what a model reads, named `what`."""
+    longest = context_length(model)
+    if longest is not None and tokens > longest:
+        raise EvaluationError(f"{what} is {tokens} tokens: this {type(model).__name__} reads at "
+                              f"most {longest}")
+
+
 def vocabulary(model: nn.Module) -> int:
     """Return how many token embeddings a model has."""
     return model.get_input_embeddings().weight.shape[0]

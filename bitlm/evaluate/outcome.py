@@ -54,10 +54,18 @@ def to_dict(outcome: Outcome, task: str, dense: Outcome | None = None) -> dict[s
         entries.append(entry)
     if len(entries) == 1 and not outcome.skipped:
         return head | entries[0]
-    more = {"average": mean.to_dict()} if (mean := _average(outcome)) else {}
-    if dense and (mean := _average(dense)):
-        more["dense_average"] = mean.to_dict()
-    return head | {"results": entries, **more, "skipped": dict(outcome.skipped)}
+    more: dict[str, Any] = {}
+    common = _common(outcome, dense)
+    if mean := _average(outcome, common):
+        more = {"average": mean.to_dict(), "average_of": common}
+        if dense:
+            other = _average(dense, common)
+            more |= {"dense_average": other.to_dict(),
+                     "average_difference": mean.minus(other).to_dict()}
+    skipped = {"skipped": dict(outcome.skipped)}
+    if dense:
+        skipped["dense_skipped"] = dict(dense.skipped)
+    return head | {"results": entries, **more, **skipped}
 
 
 def table(outcome: Outcome, dense: Outcome | None = None) -> tuple[Row, list[Row]]:
@@ -86,14 +94,18 @@ def table(outcome: Outcome, dense: Outcome | None = None) -> tuple[Row, list[Row
         rows += [(f"{label}{name}", value, *([theirs[name]] if name in ("mean length", "speed")
                                              and theirs else []))
                  for name, value in _facts(result).items()]
-    mean = _average(outcome)
-    if mean:
-        other = _average(dense) if dense else None
-        rows.append((f"average of {len(outcome.results)} tasks", shown("", mean),
-                     *([shown("", other)] if other else [])))
+    common = _common(outcome, dense)
+    if mean := _average(outcome, common):
+        cells = [shown("", mean)]
+        if dense:
+            other = _average(dense, common)
+            cells += [shown("", other), shown("", mean.minus(other), sign=True)]
+        rows.append((f"average of {len(common)} tasks", *cells))
     if outcome.activations:
         rows.append(("activations", outcome.activations))
     rows += [(f"{name}: skipped", reason) for name, reason in outcome.skipped.items()]
+    rows += [(f"{name}: skipped", "", reason) for name, reason in (
+        dense.skipped if dense else {}).items()]
     return heading, [(*row, *[""] * (len(heading) - len(row))) for row in rows]
 
 
@@ -115,8 +127,9 @@ def card_rows(outcome: Outcome, dense: Outcome | None = None) -> list[dict[str, 
     for work, result in outcome.results:
         other = dense.find(result.task) if dense else None
         rows.append({"Task": result.task, "Activations": outcome.activations,
-                     "Data": " ".join(filter(None, [_short(work.data), work.split])),
-                     "Scores": f"{_scores(result)} ({result.facts['rows']} rows)",
+                     "Data": " ".join(filter(None, [_short(work.data), work.split]))
+                     + f", {result.facts['rows']} rows",
+                     "Scores": _scores(result),
                      **({"Dense scores": _scores(other)} if other else {})})
     return rows
 
@@ -125,10 +138,15 @@ def _differences(result: Result, other: Result) -> dict[str, Score]:
     return {name: score.minus(other.scores[name]) for name, score in result.scores.items()}
 
 
-def _average(outcome: Outcome) -> Score | None:
-    """Return the mean of several GLUE tasks, None of anything else."""
-    results = [result for _, result in outcome.results if result.task.startswith("glue/")]
-    return average(results) if len(results) > 1 else None
+def _common(outcome: Outcome, dense: Outcome | None) -> list[str]:
+    """Return the GLUE tasks that a model, and the dense one beside it, were measured on."""
+    return [result.task for _, result in outcome.results if result.task.startswith("glue/")
+            and (dense is None or dense.find(result.task))]
+
+
+def _average(outcome: Outcome, tasks: list[str]) -> Score | None:
+    """Return the mean of several GLUE tasks, None of fewer."""
+    return average([outcome.find(task) for task in tasks]) if len(tasks) > 1 else None
 
 
 def _scores(result: Result) -> str:

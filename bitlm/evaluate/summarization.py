@@ -46,23 +46,27 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]
     """Return ROUGE-1, -2, -L and -Lsum F-measures of each prediction, float64 [n], 0 to 100.
 
     Lin 2004, by rouge-score with its stemmer; it reads letters a to z and digits only, so it is for
-    English. Of several references the best counts, for each metric by itself. Lsum takes every line
-    for a sentence.
+    English. Of several references the best counts, for each metric by itself. For Lsum every line
+    is a sentence; a text of one line is split at . ! and ?, as models write no lines.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(METRICS, use_stemmer=True)
-    found = [scorer.score_multi(targets, prediction)
+    found = [scorer.score_multi(["\n".join(sentences(target)) for target in targets],
+                                "\n".join(sentences(prediction)))
              for prediction, targets in zip(predictions, references, strict=True)]
-    return {name: np.array([100 * each[name].fmeasure for each in found]) for name in METRICS}
+    return {name: np.array([100.0 * each[name].fmeasure for each in found]) for name in METRICS}
 
 
-def lead(document: str, sentences: int) -> str:
-    """Return the first sentences of a document, one a line: its lines, else split at . ! and ?"""
-    lines = [line.strip() for line in document.splitlines() if line.strip()]
-    if len(lines) < 2:
-        lines = _SENTENCE_END.split(document.strip())
-    return "\n".join(lines[:sentences])
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text: its lines where it has several, else split at . ! and ?"""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines if len(lines) > 1 else _SENTENCE_END.split(text.strip())
+
+
+def lead(document: str, count: int) -> str:
+    """Return the first sentences of a document, one a line."""
+    return "\n".join(sentences(document)[:count])
 
 
 def prefix_of(model: nn.Module) -> str:

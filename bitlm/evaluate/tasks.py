@@ -199,7 +199,8 @@ def _of_glue(task: Task, data: str, options: Options) -> list[Work]:
     folders = glue.find(data) if Path(data).is_dir() else {}
     names = [task.config] if task.config else list(folders if Path(data).exists() else glue.TASKS)
     if not names:
-        raise DataError(f"{data} holds no folder of a GLUE task: expected {', '.join(glue.TASKS)}")
+        raise DataError(f"{data} holds no folder of a GLUE task: expected {', '.join(glue.TASKS)}; "
+                        "for the files of one task name it, as --task glue/sst2")
     return [_of_glue_task(name, str(folders.get(name, data)), options) for name in names]
 
 
@@ -207,7 +208,10 @@ def _of_glue_task(name: str, data: str, options: Options) -> Work:
     rows = {split: load_split(data, split, name, options.limit)
             for split in _glue_splits(data, name, options.split)}
     for each in rows.values():
-        glue.examples(name, each, options.columns)
+        try:
+            glue.examples(name, each, options.columns)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
     common = options.given("batch_size", "columns", "resamples", "seed")
     if options.max_input is not None:
         common["max_length"] = options.max_input

@@ -73,7 +73,11 @@ def examples(rows: Rows, source: str, target: str, columns: Mapping[str, str] | 
     """
     named = renamed(columns, ("source", "target"))
     if isinstance(rows[0].get("translation"), dict):
-        rows = [row["translation"] or {} for row in rows]
+        inner = [row.get("translation") for row in rows]
+        wrong = next((i for i, each in enumerate(inner, 1) if not isinstance(each, dict)), None)
+        if wrong:
+            raise DataError(f"row {wrong}: 'translation' has no text for each language")
+        rows = inner
     pairs = [texts(rows, pick_column(rows, [named.get(side, code)], f"the {side}"))
              for side, code in (("source", source), ("target", target))]
     for number, text in enumerate(pairs[1], 1):
@@ -82,18 +86,25 @@ def examples(rows: Rows, source: str, target: str, columns: Mapping[str, str] | 
     return pairs[0], pairs[1]
 
 
-def bleu(predictions: Sequence[str], references: Sequence[str],
+def bleu(predictions: Sequence[str], references: Sequence[str], target: str = "",
          resamples: int = bootstrap.RESAMPLES, seed: bootstrap.Seed = 0
          ) -> tuple[dict[str, Score], dict[str, str]]:
     """Return corpus BLEU and chrF, 0 to 100, and their sacreBLEU signatures, by metric.
+
+    target: the language, whose words sacreBLEU finds in its own way for zh, ja and ko. Raises
+    EvaluationError where that needs a library that is not installed.
 
     Papineni et al. 2002 and Popovic 2015, as sacreBLEU's defaults compute them (Post 2018): the
     counts of n-grams are added up over the sentences, those drawn for the confidence interval.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
+    try:
+        words = BLEU(trg_lang=target)
+    except (ImportError, RuntimeError) as error:
+        raise EvaluationError(f"sacreBLEU cannot read {target}: {str(error).strip()}") from None
     found, signatures = {}, {}
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    for name, metric in (("bleu", words), ("chrf", CHRF())):
         # The two methods are what sacreBLEU asks every metric to have, and its own bootstrap uses.
         counts = metric._extract_corpus_statistics(list(predictions), [list(references)])
         found[name] = bootstrap.of_sums(
@@ -119,14 +130,14 @@ def measure(model: nn.Module, tokenizer: Any, rows: Rows, source: str, target: s
     settings = settings or Settings()
     sources, references = examples(rows, source, target, columns)
     # First: a missing sacrebleu should not be found after an hour of generation.
-    copied, _ = bleu(sources, references, resamples=0)
+    copied, _ = bleu(sources, references, target, resamples=0)
     way = route(model, tokenizer, *(codes or (source, target)), prefix)
     written = generate_texts(model, tokenizer, sources, settings, prefix=way.prefix,
                              suffix=way.suffix, options=way.options, batch_size=batch_size,
                              max_input=max_input, progress=progress)
     lines = written.texts if model.config.is_encoder_decoder else [
         text.partition("\n")[0].strip() for text in written.texts]
-    scores, signatures = bleu(lines, references, resamples, seed)
+    scores, signatures = bleu(lines, references, target, resamples, seed)
     records = [{"row": i + 1, "source": sources[i], "reference": references[i],
                 "prediction": line, "tokens": written.lengths[i]} for i, line in enumerate(lines)]
     baselines = {"copy": {name: score.value for name, score in copied.items()}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any
 
 import torch
@@ -139,7 +140,10 @@ class DistillMixin:
     def _for_teacher(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs without labels, unless the decoder's inputs are made of them."""
         needed = self._pair and "decoder_input_ids" not in inputs
-        return {name: value for name, value in inputs.items() if name != "labels" or needed}
+        given = {name: value for name, value in inputs.items() if name != "labels" or needed}
+        # Trainer turns the cache off for the student alone.
+        return given | ({"use_cache": False} if hasattr(self.teacher.config, "use_cache") and
+                        "use_cache" in signature(self.teacher.forward).parameters else {})
 
     def _batch(self, inputs: Mapping[str, Tensor]) -> Batch:
         if "labels" not in inputs:
@@ -156,10 +160,11 @@ class DistillMixin:
         if self._directions:
             return self._directions
         found: dict[str, list[list[Tensor]]] = {}
-        size = self.args.per_device_train_batch_size
-        for start in range(0, min(len(self.train_dataset), DIRECTION_BATCHES * size), size):
-            rows = [self.train_dataset[i] for i in
-                    range(start, min(start + size, len(self.train_dataset)))]
+        size, data = self.args.per_device_train_batch_size, self.train_dataset
+        if isinstance(data, Noised):  # in a later epoch its rows are others
+            data = Noised(data.rows, data.noise, data.seed)
+        for start in range(0, min(len(data), DIRECTION_BATCHES * size), size):
+            rows = [data[i] for i in range(start, min(start + size, len(data)))]
             inputs = self._prepare_inputs(self.data_collator(rows))
             outputs = self.teacher(**self._for_teacher(inputs), output_hidden_states=True)
             batch = self._batch(inputs)
@@ -214,7 +219,12 @@ class DistillMixin:
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             found = self.model if model is None else model
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, found)
+            kind, options = self.optimizer_cls_and_kwargs or \
+                self.get_optimizer_cls_and_kwargs(self.args, found)
+            strange = {"params", "model", "optimizer_dict"} & set(options)
+            if strange:
+                raise ValueError(f"optimizer {self.args.optim} makes its own groups of parameters, "
+                                 "and would train quantizers like weights: use another optim")
             decayed = self.get_decay_parameter_names(found)
             self.optimizer = kind(parameter_groups(found, decayed, self.args.weight_decay,
                                                    self.quantizer_lr), **options)
@@ -262,7 +272,8 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel,
                            "student is changed in place")
     if None not in (tokenizer, teacher_tokenizer):
         check_tokenizers(tokenizer, teacher_tokenizer)
-    own, other = (model.get_input_embeddings().weight.shape[0] for model in (student, teacher))
+    tables = [model.get_input_embeddings() for model in (student, teacher)]
+    own, other = (getattr(table, "num_embeddings", None) for table in tables)  # of images: none
     if own != other:
         raise TeacherError(f"the teacher's vocabulary has {other} tokens, the student's {own}: "
                            "both must have the same tokenizer")

@@ -9,6 +9,7 @@ A recipe is a Python file with a `run(settings, say)` and a TOML file of the sam
     batch = 32
     [by_task.cola]              what holds where `task` is "cola"; also inside a profile
     epochs = 50
+    [by_scheme.w1a1]            the same of a scheme, and of w1a1+estimators; also inside by_task
 
 What it does not name is as in COMMON. A user's own TOML file names the recipe (`recipe = "glue"`),
 may name a profile, and changes what it likes. Settings that do not exist are errors, and the
@@ -21,6 +22,7 @@ import copy
 import difflib
 import importlib.util
 import inspect
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,17 +101,18 @@ class Settings:
         fixed: in place of what the layers say, as the scheme of one stage of several.
         """
         values = _plain(self.layers[0])
-        keys = [key for key in values if any(BY + key in layer for layer in self.layers)]
-        choice: dict[str, Any] = {}
-        for key in keys:
-            said = [layer[key] for layer in self.layers if key in layer]
-            choice[key] = fixed.get(key, said[-1])
+        choice = {key: fixed.get(key, [each[key] for each in self.layers if key in each][-1])
+                  for key, value in values.items() if not isinstance(value, dict | list)}
         for layer in self.layers:
-            _change(values, _plain(layer))
-            for key in keys:
-                _change(values, layer.get(BY + key, {}).get(str(choice[key]), {}))
+            _apply(values, layer, choice)
         _change(values, fixed)
         return _namespace(values)
+
+
+def scheme_names(text: str) -> list[str]:
+    """Return the schemes that a text names, each by its usual name: small letters, w1.58 for w2."""
+    return [re.sub("^w2(?=a)", "w1.58", name.strip().lower()) for name in text.split(",")] \
+        if text.strip() else []
 
 
 def settings(path: Path, pairs: Iterable[str] = (), file: Path | None = None) -> Settings:
@@ -140,8 +143,10 @@ def settings(path: Path, pairs: Iterable[str] = (), file: Path | None = None) ->
         raise RecipeError(f"unknown profile {profile!r}" + _near(profile, profiles)
                           + f": {path.stem} has {', '.join(profiles) or 'none'}")
     layers = (own, profiles.get(profile, {}), users, arguments)
+    _name_schemes(own)
     for layer, where in zip(layers[1:], (f"profile {profile}", str(file), "the arguments")):
         _check(layer, defaults, where)
+        _name_schemes(layer)
     for key, table in own.items():
         if key.startswith(BY):
             for value, changes in table.items():
@@ -208,6 +213,28 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 # --- trees ---------------------------------------------------------------------------------------
 
+def _name_schemes(layer: dict[str, Any]) -> None:
+    """Give the schemes that a layer names their usual names, in place."""
+    if "scheme" in layer:
+        layer["scheme"] = ",".join(scheme_names(layer["scheme"]))
+    for key, value in layer.items():
+        if key == BY + "scheme":
+            layer[key] = {",".join(scheme_names(name)): own for name, own in value.items()}
+        elif key.startswith(BY):
+            for own in value.values():
+                _name_schemes(own)
+
+
+def _apply(values: dict[str, Any], layer: dict[str, Any], choice: dict[str, Any]) -> None:
+    """Change values by a layer, then by its tables of the cases that hold."""
+    _change(values, _plain(layer))
+    for key, chosen in choice.items():
+        cases = layer.get(BY + key, {})
+        for name in dict.fromkeys((str(chosen).partition("+")[0], str(chosen))):
+            if name in cases:
+                _apply(values, cases[name], choice)
+
+
 def _plain(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a layer without its conditional tables."""
     return copy.deepcopy({key: value for key, value in tree.items()
@@ -245,13 +272,18 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _names(defaults: dict[str, Any], prefix: str = "") -> str:
-    return ", ".join(_names(value, f"{prefix}{key}.") if isinstance(value, dict) else prefix + key
-                     for key, value in defaults.items())
+    return ", ".join(_names(value, f"{prefix}{key}.") if isinstance(value, dict) and value
+                     else prefix + key for key, value in defaults.items())
 
 
 def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def _instead(name: str, known: Iterable[str], all_of_them: str) -> str:
+    """Return which setting was meant, or which there are."""
+    return _near(name, known) or f": the settings are {all_of_them}"
 
 
 def _check(changes: dict[str, Any], defaults: dict[str, Any], where: str, prefix: str = "") -> None:
@@ -264,8 +296,8 @@ def _check(changes: dict[str, Any], defaults: dict[str, Any], where: str, prefix
         name = prefix + key
         if key not in defaults:
             known = [prefix + each for each in defaults]
-            raise RecipeError(f"{where}: unknown setting {name!r}{_near(name, known)}: the "
-                              f"settings are {_names(defaults, prefix)}")
+            raise RecipeError(f"{where}: unknown setting {name!r}"
+                              + _instead(name, known, _names(defaults, prefix)))
         default = defaults[key]
         if default == {} and isinstance(value, dict):
             continue  # a free table, which is checked where it is used
@@ -296,8 +328,7 @@ def _parsed(defaults: dict[str, Any], key: str, text: str) -> Any:
         if not isinstance(found, dict) or part not in found:
             known = [".".join([*parts[:number], each]) for each in
                      (found if isinstance(found, dict) else defaults)]
-            raise RecipeError(f"unknown setting {key!r}{_near(key, known)}: the settings are "
-                              f"{_names(defaults)}")
+            raise RecipeError(f"unknown setting {key!r}{_instead(key, known, _names(defaults))}")
         found = found[part]
     value = text if isinstance(found, str) else _toml_value(text)
     if not _fits(found, value):

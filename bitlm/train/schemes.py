@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 from ..placement import Placement
 from ..placement import placement as placement_named
-from ..scheme import Scheme, Training
+from ..scheme import Scheme, Training, embedding_scheme
+from ..targets import compile_pattern
 from .estimators import estimator
-from .recipe import RecipeError, plain
+from .recipe import RecipeError, plain, scheme_names
+from .weights import quantizer
 
 # How weights become codes, by the name of the rule and the bits of a weight.
 WEIGHTS: dict[str, dict[str, tuple[Scheme, Training]]] = {
@@ -33,7 +35,7 @@ WEIGHTS: dict[str, dict[str, tuple[Scheme, Training]]] = {
 # Of token embeddings by bits, one scale a row (TBT); other numbers are uniform grids.
 EMBEDDINGS: dict[int, Scheme | None] = {
     0: None, 1: Scheme(group_size="row"), 2: Scheme(method="ternary", group_size="row")}
-_SCHEME = re.compile(r"w(1|1\.58|2)a(1|2|8|16)(\+estimators)?")
+_SCHEME = re.compile(r"w(1|1\.58)a(1|2|8|16)(\+estimators)?")
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,14 @@ class Request:
 
 def request(settings: SimpleNamespace) -> Request:
     """Return what `settings.scheme` (w1a8, w1.58a8, w1a1+estimators, ...) and the settings beside
-    it ask for; raises RecipeError and SchemeError.
-
-    W2 is another name of W1.58: "2 bits" are three levels in TBT.
+    it ask for; raises RecipeError and SchemeError for what no layer could be trained with.
     """
-    match = _SCHEME.fullmatch(settings.scheme.lower())
+    match = _SCHEME.fullmatch(",".join(scheme_names(settings.scheme)))
     if not match:
         raise RecipeError(f"unknown scheme {settings.scheme!r}: use wXaY with X 1 or 1.58 and Y 1, "
                           "2, 8 or 16, w1a1+estimators for BiPFT's estimators, and commas for "
                           "several one after the other")
-    bits = {"2": "1.58"}.get(match[1], match[1])
+    bits = match[1]
     if settings.weights not in WEIGHTS:
         raise RecipeError(f"unknown weights {settings.weights!r}: use one of {', '.join(WEIGHTS)}")
     if bits not in WEIGHTS[settings.weights]:
@@ -75,4 +75,10 @@ def request(settings: SimpleNamespace) -> Request:
     elif match[3] or settings.estimators:
         raise RecipeError("estimators correct what rounding activations loses: W1A16 rounds none")
     embeddings = EMBEDDINGS.get(settings.embeddings, settings.embeddings)
-    return Request(scheme.replace(**changes), training, found, embeddings)
+    if isinstance(embeddings, int):
+        embedding_scheme(embeddings)
+    scheme = scheme.replace(**changes)
+    quantizer(scheme, (8, 128), **vars(training))  # a weight like those to come
+    for pattern in settings.skip:
+        compile_pattern(pattern)
+    return Request(scheme, training, found, embeddings)

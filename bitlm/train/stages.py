@@ -8,9 +8,10 @@
     out/result.json            metrics, settings, seconds
     out/valid.jsonl            the rows to measure on, where the recipe makes them (denoise)
 
-With scheme "" there is a teacher only, for several runs that shall have the same one. A stage is
-done when its result.json is there; until then it has checkpoints/, from the newest of which it goes
-on when the same command is run again.
+With scheme "" there is a teacher only, for several runs that shall have the same one; a model that
+is in training already is so trained on, and packed. A stage is done when its result.json is there;
+until then it has checkpoints/, from the newest of which it goes on when the same command is run
+again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from transformers import (
 )
 from transformers.integrations import is_tensorboard_available
 
+from .. import __version__ as version
 from .. import source
 from ..attention import Estimators
 from ..output import publish_modes, whole
@@ -47,12 +49,16 @@ from .callbacks import JsonlLog, newest_checkpoint, seconds_of
 from .convert import finish, prepare
 from .distill import DistillTrainer, Seq2SeqDistillTrainer, check_tokenizers
 from .layers import fake_quant_layers
-from .recipe import RecipeError, Settings, plain
-from .schemes import request
+from .recipe import RecipeError, Settings, plain, scheme_names
+from .schemes import Request, request
 from .weights import WeightQuantizer
 from .work import LOG, RESULT, is_main, make, on_cpu, result, wait, work, write
 
 VALID = "valid.jsonl"
+# Settings that must be 1 at least, and those that may be negative.
+COUNTS = ("batch", "accumulate", "log_every", "save_every", "eval_batch", "length",
+          "summary_length", "target_length", "beams", "max_length")
+SIGNED = ("dropout", "length_penalty")
 Say = Callable[[str], None]
 
 
@@ -63,7 +69,8 @@ class Job:
     load: a folder or hub id -> the model, dense, in training or packed. tokenizer: of all models.
     rows: training data. collate: model -> collator. measure: (model, quick) -> scores by name;
     quick: while it trains. headline: the score that counts. lower: a smaller one is better. valid:
-    the rows that are measured, where no file has them; they are kept for `bitlm evaluate`.
+    the rows that are measured, where no file has them; they are kept for `bitlm evaluate`. check:
+    raises for a model that cannot be trained or measured so, before it is.
     """
 
     load: Callable[[str], PreTrainedModel]
@@ -74,6 +81,7 @@ class Job:
     headline: str
     lower: bool = False
     valid: Sequence[dict[str, Any]] = ()
+    check: Callable[[nn.Module], None] | None = None
 
 
 def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
@@ -95,6 +103,10 @@ def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
         if job.valid and is_main():
             (out / VALID).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n"
                                              for row in job.valid), "utf-8")
+        prepared = not top.teacher.model and in_training(top.model)
+        if prepared and names:
+            raise RecipeError(f"{top.model} is in training already, with weights as it says: train "
+                              "it on with scheme=, or make students of a dense model")
         start, results = time.perf_counter(), {}
         folder, results["teacher"] = _teacher(settings.at(), job, out, say)
         dense = top.student or folder
@@ -104,7 +116,8 @@ def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
             folder = str(out / _folder(name) / "model")
         if not is_main():
             return {}
-        packed = _packed(job, folder, out / "packed") if names else None
+        packed = _packed(job, folder, out / "packed", settings.recipe) \
+            if names or prepared else None
         done = {"recipe": settings.recipe, "profile": settings.profile, "settings": plain(top),
                 "stages": results, "packed": packed,
                 "seconds": sum(each["seconds"] for each in results.values()),
@@ -115,32 +128,50 @@ def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
         return done
 
 
+def in_training(model: str) -> bool:
+    """Tell whether a folder or hub id is a checkpoint of the stage "training"."""
+    if not model or not (Path(model) / "config.json").is_file():
+        return False
+    config = json.loads((Path(model) / "config.json").read_text("utf-8"))
+    return (config.get("quantization_config") or {}).get("stage") == "training"
+
+
 def check(settings: Settings) -> tuple[SimpleNamespace, list[str]]:
     """Return the settings and the schemes of the stages; raises RecipeError and LossError for what
     would fail in any of them."""
     top = settings.at()
     if not top.out:
         raise RecipeError("say where to write: out=FOLDER")
-    names = [name.strip() for name in top.scheme.split(",")] if top.scheme else []
+    names = scheme_names(top.scheme)
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
         raise RecipeError(f"scheme {repeated!r} comes twice: each stage has a folder of its name")
     for name in names:
         own = settings.at(scheme=name)
-        request(own)
-        terms.read(own.losses)
+        _check_losses(terms.read(own.losses), request(own))
         if not own.epochs and not own.steps:
             raise RecipeError(f"{name} would not train: set epochs or steps")
         _check_numbers(own, "")
+    _check_numbers(top, "")
     _check_numbers(top.teacher, "teacher.")
     return top, names
 
 
+def _check_losses(losses: Sequence[terms.Term], asked: Request) -> None:
+    names = {term.name for term in losses}
+    if "biper" in names and asked.training.estimator != "biper":
+        raise RecipeError("the loss biper is for estimator=biper: leave it out")
+    if "second_basis" in names and not (asked.training.learned and asked.scheme.planes == 2):
+        raise RecipeError("the loss second_basis is for weights=two_bases: leave it out")
+
+
 def _check_numbers(settings: SimpleNamespace, prefix: str) -> None:
-    for key, least in (("batch", 1), ("accumulate", 1), ("lr", 0), ("epochs", 0), ("steps", 0),
-                       ("warmup", 0)):
-        if getattr(settings, key) < least:
-            raise RecipeError(f"{prefix}{key} is {getattr(settings, key)}: use {least} or more")
+    for key, value in vars(settings).items():
+        least = 1 if key in COUNTS else 0
+        if key not in SIGNED and isinstance(value, int | float) and value < least:
+            raise RecipeError(f"{prefix}{key} is {value}: use {least} or more")
+    if getattr(settings, "dropout", 0) >= 1:
+        raise RecipeError(f"dropout is {settings.dropout}: use less than 1")
     schedules = [each.value for each in SchedulerType]
     if settings.schedule not in schedules:
         raise RecipeError(f"unknown schedule {settings.schedule!r}: use one of "
@@ -223,6 +254,8 @@ def carry_quantizers(source: nn.Module, target: nn.Module) -> None:
 def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequence,
            settings: SimpleNamespace, job: Job, folder: Path, say: Say) -> dict[str, Any]:
     """Train a model in a stage's folder, keep the best of it, and return the stage's result."""
+    if job.check:
+        job.check(model)
     make(folder)
     checkpoints, pair = folder / "checkpoints", model.config.is_encoder_decoder
     caches = getattr(model.config, "use_cache", None)
@@ -234,20 +267,33 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
         callbacks=_callbacks(settings, folder))
     trainer.remove_callback(PrinterCallback)
     newest = newest_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    except BaseException:
+        _close_bars(trainer)
+        raise
     if caches is not None:
         model.config.use_cache = caches  # Trainer turns it off
-    found = {"metrics": dict(job.measure(model, False)), "steps": trainer.state.global_step,
-             "seconds": seconds_of(folder / LOG), "settings": plain(settings)}
-    if is_main():
+    if is_main() and not (folder / "model").exists():  # before what else may fail
         with whole(folder / "model") as part:
             model.save_pretrained(part)
             job.tokenizer.save_pretrained(part)
             publish_modes(part)
+    found = {"metrics": dict(job.measure(model, False)), "steps": trainer.state.global_step,
+             "seconds": seconds_of(folder / LOG), "settings": plain(settings)}
+    if is_main():
         write(folder / RESULT, found)
         shutil.rmtree(checkpoints, ignore_errors=True)
     wait()
     return found
+
+
+def _close_bars(trainer: Any) -> None:
+    """Close the progress bars of a training that failed, so that the error has its own line."""
+    for callback in trainer.callback_handler.callbacks:
+        bar = getattr(callback, "training_bar", None)
+        if bar is not None:
+            bar.close()
 
 
 def arguments(settings: SimpleNamespace, job: Job, folder: Path, pair: bool, show: bool
@@ -316,17 +362,29 @@ def _set_dropout(model: nn.Module, dropout: float) -> None:
                 setattr(module, name, dropout)
 
 
-def _packed(job: Job, source: str, folder: Path) -> dict[str, Any]:
+def _packed(job: Job, source: str, folder: Path, recipe: str) -> dict[str, Any]:
     """Pack the student in `source`, unless an earlier run did; return what is to know of it."""
     if not folder.exists():
         model = finish(job.load(source))
         with whole(folder) as part:
             model.save_pretrained(part)
             job.tokenizer.save_pretrained(part)
+            (part / "README.md").write_text(_card(folder, recipe), "utf-8")
             publish_modes(part)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {"folder": folder.name, "bytes": size,
             "metrics": dict(job.measure(job.load(str(folder)), False))}
+
+
+def _card(folder: Path, recipe: str) -> str:
+    """Return the model card of a packed model; `bitlm evaluate` adds what it measures."""
+    return "\n".join([
+        "---", "library_name: transformers", "tags:", "- bitlm", "- 1-bit", "---", "",
+        f"# {folder.parent.name or folder.name}", "",
+        f"Distilled by bitlm {version}, recipe {recipe}.", "",
+        "```python", "import bitlm  # pip install bitlm",
+        "from transformers import AutoModel  # or the class for your task", "",
+        f'model = AutoModel.from_pretrained("{folder.name}")', "```", ""])
 
 
 def _silent(line: str) -> None:

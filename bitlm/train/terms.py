@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..attention import PROJECTIONS, attention_modules
 from . import losses
-from .estimators import biper_coefficient, biper_penalty, estimator, row_unit
+from .estimators import biper_coefficient, biper_penalty
 from .layers import fake_quant_layers
 from .losses import Total, labelled, pairs_of_tokens
 from .weights import second_basis
@@ -39,8 +39,8 @@ class LossError(ValueError):
 class Batch:
     """The inputs of student and teacher, and which of their entries count.
 
-    inputs: input_ids [B, L], labels, mostly attention_mask. causal: a position predicts the next
-    token. pair: an encoder-decoder.
+    inputs: input_ids [B, L], labels, mostly attention_mask; of images pixel_values. causal: a
+    position predicts the next token. pair: an encoder-decoder.
     """
 
     inputs: Mapping[str, Tensor]
@@ -59,6 +59,9 @@ class Batch:
     def tokens(self) -> Tensor:
         """The tokens [B, L] that are no padding, in an encoder-decoder those of the encoder."""
         mask = self.inputs.get("attention_mask")
+        if mask is None and "input_ids" not in self.inputs:
+            raise LossError("these inputs have no tokens, but images or sound: use the losses of "
+                            "the logits")
         return torch.ones_like(self.inputs["input_ids"]).bool() if mask is None else mask.bool()
 
     @cached_property
@@ -92,7 +95,16 @@ def is_causal(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     found = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    if found is None and "self.loss_function(" in _source(type(model).forward):
+        found = ForCausalLMLoss  # what transformers takes then, as for GPT2LMHeadModel
     return found is ForCausalLMLoss and not model.config.is_encoder_decoder
+
+
+def _source(function: Callable) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # made in a session: there is no file
+        return ""
 
 
 # --- what a model made of it ---------------------------------------------------------------------
@@ -279,9 +291,7 @@ def biper(student: nn.Module, progress: float, *, first: float = 0.0, last: floa
     for layer in fake_quant_layers(student).values():
         own = layer.weight_quantizer
         if own.estimator == "biper":
-            known, weight = estimator("biper"), layer.matrix
-            strength = own.parameter or (known.parameter if own.unit else known.normalised)
-            found.append(biper_penalty(weight, strength, own.unit or row_unit(weight), saturate))
+            found.append(biper_penalty(*own.of_sign(layer.matrix), saturate))
     if not found:
         raise LossError("no weight is trained with the estimator biper: leave out the term biper")
     return torch.stack(found).mean() * biper_coefficient(progress, first, last)

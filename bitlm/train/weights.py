@@ -97,6 +97,16 @@ class WeightQuantizer(TensorHolder):
         """Return the packed tensors of the weight, whose dense values are `forward`'s."""
         raise NotImplementedError
 
+    def of_sign(self, weight: Tensor) -> tuple[Tensor, float, Tensor]:
+        """Return what the first sign is taken of, with its gradient, the estimator's parameter in
+        force and the units: the arguments of `estimators.biper_penalty`."""
+        rest = weight
+        if self.scheme.center != "none":
+            average = measured(weight.detach().float(), self.scheme, lambda part: mean(part, None))
+            columns = weight.shape[1]
+            rest = weight - spread(average, self.scheme.columns_per_scale(columns), columns)
+        return rest, self._strength(), self._units(weight)
+
     def _units(self, weight: Tensor) -> Tensor:
         if self.unit is None:
             return row_unit(weight)

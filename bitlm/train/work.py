@@ -15,6 +15,8 @@ from accelerate import PartialState
 from ..job import JobError, locked
 from .recipe import Settings, plain
 
+# Settings that change neither weights nor scores.
+FREE = ("out", "log_every", "save_every", "eval_batch")
 RESULT, SETTINGS, LOG = "result.json", "settings.json", "log.jsonl"
 
 
@@ -23,7 +25,7 @@ def work(out: Path, settings: Settings, names: list[str]) -> Iterator[None]:
     """Hold an output folder; raises JobError where it is another's, or had other settings."""
     identity = json.loads(json.dumps({"recipe": settings.recipe} | {
         name: {key: value for key, value in plain(settings.at(scheme=name)).items()
-               if key != "out"} for name in names or [""]}))
+               if key not in FREE} for name in names or [""]}))
     if not is_main():
         wait()
         yield
@@ -36,8 +38,10 @@ def work(out: Path, settings: Settings, names: list[str]) -> Iterator[None]:
             before = json.loads((out / SETTINGS).read_text("utf-8"))
             changed = _difference(before, identity)
             if changed:
+                teacher = out / "teacher" / "model"
+                keep = f" with teacher.model={teacher}" if teacher.is_dir() else ""
                 raise JobError(f"{out} was made with other settings, {changed}: use the same to go "
-                               "on, or another out")
+                               f"on, or another out{keep}")
         out.mkdir(parents=True, exist_ok=True)
         write(out / SETTINGS, identity)
         wait()

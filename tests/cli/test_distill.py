@@ -231,12 +231,25 @@ def test_settings_from_a_file_and_shown(run, world, tmp_path):
     shown = dict(line.split()[:2] for line in result.stdout.splitlines() if len(line.split()) > 1)
     assert (shown["batch"], shown["lr"], shown["teacher.lr"]) == ("5", "0.125", "0.25")
     assert "profile small" in result.stdout
+    result = run("distill", "summarization", "scheme=W1A8,W2A2,w1a1+estimators", "--show")
+    shown = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()
+             if len(line.split()) > 3}
+    assert shown["setting"] == ["w1a8", "w1.58a2", "w1a1+estimators"]
+    assert shown["lr"] == ["0.00025", "0.00035", "0.0005"]
+    result = run("distill", "summarization", "task=cnn_dailymail", "scheme=w2a8", "--show")
+    shown = dict(line.split()[:2] for line in result.stdout.splitlines() if len(line.split()) > 1)
+    assert (shown["lr"], shown["min_length"]) == ("0.0001", "56")
 
 
 @pytest.mark.parametrize("changes, code, words", [
     (["bacth=3"], 2, "unknown setting 'bacth', did you mean batch?"),
     (["scheme=w7a8"], 2, "unknown scheme 'w7a8'"),
-    (["task=sst"], 1, "unknown task 'glue/sst'"),
+    (["task=sst"], 2, "unknown task 'sst'"), (["limit=-3"], 2, "limit is -3: use 0 or more"),
+    (["estimator=biper", "scheme=w1.58a8"], 2, "estimator biper has binary codes"),
+    (["noise=true"], 2, "noise corrects the series of the estimator fda"),
+    (["embeddings=12"], 2, "embeddings"), (['skip=["["]'], 1, "is no regular expression"),
+    (['losses=[["second_basis", 1.0]]'], 2, "is for weights=two_bases"),
+    (["scheme=w1a8,W1A8"], 2, "comes twice"), (["data=DEV"], 1, "is one file: name its folder"),
     (["task=cola"], 1, "no"),
     (["model=missing/folder/of"], 1, "does not exist"),
     (["data=missing.jsonl"], 1, "no such file or folder"),
@@ -245,6 +258,7 @@ def test_settings_from_a_file_and_shown(run, world, tmp_path):
 ])
 def test_bad_settings_are_one_line_and_write_nothing(run, world, tmp_path, changes, code, words):
     out = tmp_path / "out"
+    changes = [each.replace("DEV", str(world / "glue" / "sst2" / "dev.jsonl")) for each in changes]
     result = run("distill", *glue(world, out, *changes))
     assert result.exit_code == code
     assert words in result.stderr and result.stderr.count("\n") == 1
@@ -269,6 +283,30 @@ def test_bad_data_is_one_line_and_writes_nothing(run, world, tmp_path, break_it,
     assert result.exit_code == 1
     assert words in result.stderr and result.stderr.count("\n") == 1
     assert not out.exists()
+
+
+def test_inputs_that_a_model_cannot_read_show_before_the_training(run, world, tmp_path):
+    result = run("distill", *glue(world, tmp_path / "out", "length=512"))
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "length is 512 tokens: this BertForSequenceClassification reads at most" \
+        in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+    assert run("distill", *glue(world, tmp_path / "out")).exit_code == 0
+
+
+def test_a_model_in_training_is_trained_on_and_packed(run, world, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("distill", *glue(world, first, "scheme=w1a1+estimators")).exit_code == 0
+    student = first / "w1a1-estimators" / "model"
+    given = [each for each in glue(world, second) if not each.startswith("model=")]
+    result = run("distill", *given, f"model={student}", "scheme=w1a8")
+    assert result.exit_code == 2 and "is in training already" in result.stderr
+    result = run("distill", *given, f"model={student}", "scheme=")
+    assert result.exit_code == 0, result.output
+    found = read(second / "result.json")
+    assert found["packed"]["metrics"] == found["stages"]["teacher"]["metrics"]
+    assert packed_weights(AutoModelForSequenceClassification.from_pretrained(second / "packed"))
+    assert "# second" in (second / "packed" / "README.md").read_text()
 
 
 def test_empty_references_show_before_the_training(run, world, tmp_path):

@@ -119,8 +119,11 @@ def test_glue_against_the_dense_model(run, glue_zoo, tmp_path):
     assert found["agreement"] == pytest.approx(same / 8)
     assert found["activations"].startswith("float") and found["transformers"]
     card = (packed / "README.md").read_text()
-    assert card.count("| glue/sst2 | sst2 validation |") == 1 and "(8 rows)" in card
+    assert card.count("| glue/sst2 | sst2 validation, 8 rows |") == 1
     assert not list(tmp_path.glob(".*.part"))
+    result = run("evaluate", packed, "--task", "glue/sst2", "--data", glue_zoo / "data",
+                 "--json", out, "--predictions", out)
+    assert result.exit_code == 2 and "give each a file of its own" in result.stderr
 
 
 def test_all_glue_tasks_that_a_model_is_for(run, glue_zoo, tmp_path):
@@ -144,6 +147,30 @@ def test_a_folder_with_a_model_for_each_task(run, glue_zoo, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert [each["task"] for each in found["results"]] == ["glue/sst2", "glue/mnli"]
     assert found["skipped"] == {}
+    shutil.rmtree(tmp_path / "models" / "mnli")
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "out.json")
+    result = run("evaluate", tmp_path / "models", "--task", "glue", "--data", glue_zoo / "data",
+                 "--resamples", 0, "--json", link, "--against", glue_zoo / "dense")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out.json").read_text())  # what the link points to
+    assert link.is_symlink() and list(found["skipped"]) == ["glue/mrpc", "glue/mnli"]
+    assert list(found["dense_skipped"]) == ["glue/mnli"] and "average" not in found
+
+
+def test_averages_are_of_the_tasks_that_both_have(run, glue_zoo, tmp_path):
+    for name in ("sst2", "mrpc"):
+        shutil.copytree(glue_zoo / "dense", tmp_path / "models" / name)
+    make_bert(tmp_path / "models" / "mnli", labels=3)
+    result = run("evaluate", tmp_path / "models", "--task", "glue", "--data", glue_zoo / "data",
+                 "--resamples", 10, "--json", tmp_path / "out.json", "--against",
+                 glue_zoo / "dense")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["results"]) == 3 and "average of 2 tasks" in result.stdout
+    assert found["average_of"] == ["glue/sst2", "glue/mrpc"]
+    assert found["average"] == found["dense_average"]
+    assert found["average_difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_a_model_of_another_task_is_refused(run, glue_zoo):
@@ -192,6 +219,11 @@ def test_a_dense_model_that_is_not_there_shows_at_once(run, glue_zoo, tmp_path):
                  tmp_path / "rows.jsonl")
     assert result.exit_code == 1 and "missing does not exist" in result.stderr
     assert not (tmp_path / "rows.jsonl").exists()
+    (tmp_path / "empty").mkdir()
+    result = run("evaluate", glue_zoo / "dense", "--task", "glue/sst2", "--data",
+                 glue_zoo / "data", "--against", tmp_path / "empty")
+    assert result.exit_code == 1 and "empty has no config.json" in result.stderr
+    assert "accuracy" not in result.stdout
 
 
 def test_card_rows_are_added_and_replaced():

@@ -122,6 +122,24 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         load_split("nyu-mll/glue", "validation", "sst2")
 
 
+def test_two_files_of_one_split_are_refused(tmp_path):
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    assert list(splits(tmp_path)) == ["train", "validation"]
+    (tmp_path / "validation.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match="dev.jsonl and validation.jsonl are both of one split"):
+        splits(tmp_path)
+
+
+def test_a_long_cell_and_a_damaged_archive(tmp_path):
+    (tmp_path / "long.csv").write_text("a,b\n" + "x" * 200_000 + ",1\n")
+    assert len(load_split(tmp_path / "long.csv")[0]["a"]) == 200_000
+    whole = gzip.compress(b'{"a": 1}\n' * 100)
+    (tmp_path / "bad.jsonl.gz").write_bytes(whole[:20] + b"\xff" * 10 + whole[30:])
+    with pytest.raises(DataError, match="bad.jsonl.gz cannot be decompressed"):
+        load_split(tmp_path / "bad.jsonl.gz")
+
+
 def test_the_hub_gets_id_config_and_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []

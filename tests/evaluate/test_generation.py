@@ -95,6 +95,16 @@ def test_the_prompt_is_cut_and_the_suffix_stays(tokenizer):
     assert [len(each) for each in ids] == [6, 6]
 
 
+def test_there_is_room_for_a_text_or_an_error(tokenizer):
+    for limit in (5, 4, 1):  # <s> p and xy are four tokens
+        with pytest.raises(EvaluationError, match="what stands around each text has 4"):
+            if limit == 5:
+                assert encode(tokenizer, ["ab"], limit, "p", "xy") == encode(
+                    tokenizer, ["a"], 9, "p", "xy")
+                limit = 4
+            encode(tokenizer, ["ab"], limit, "p", "xy")
+
+
 def test_a_decoder_keeps_room_for_its_output(tokenizer, llama):
     found = generate_texts(llama, tokenizer, ["x" * 400], Settings(1, max_length=20), suffix=":")
     assert found.lengths[0] <= 20
@@ -112,8 +122,9 @@ def test_what_does_not_generate(tokenizer, tmp_path):
         generate_texts(bert, tokenizer, ["a"], SHORT)
     with pytest.raises(EvaluationError, match="text 2 has no tokens"):
         encode(make_tokenizer(bos=False), ["a", ""], 9)
-    for wrong in (dict(beams=0), dict(min_length=9, max_length=8), dict(max_length=1)):
-        with pytest.raises(EvaluationError, match="the smallest length first"):
+    for wrong, words in ((dict(beams=0), "beams is 0: use 1"), (dict(max_length=1), "max_length"),
+                         (dict(min_length=9, max_length=8), "min_length is 9, max_length 8")):
+        with pytest.raises(EvaluationError, match=words):
             Settings(**wrong)
 
 

@@ -112,6 +112,10 @@ def test_a_models_own_order_of_labels_counts(tokenizer):
               for i in outputs.argmax(1).tolist()]
     assert glue.predictions(model, "mnli", outputs) == wanted
     assert glue.label_order(classifier(3), "mnli") == [0, 1, 2]
+    model.config.label2id = None  # as where config.json has id2label alone
+    assert glue.label_order(model, "mnli") == [1, 2, 0]
+    with pytest.raises(DataError, match="row 1: label None is none of"):
+        glue.examples("sst2", [{"sentence": "x", "label": None}])
 
 
 def test_unknown_names_of_labels_are_told(caplog):

@@ -61,6 +61,16 @@ def test_the_lead():
     assert lead("short", 3) == "short" and lead("", 3) == ""
 
 
+def test_lsum_takes_the_sentences_of_one_line(tmp_path):
+    reference = "The cat sat here. A dog ran off.\nIt was late."
+    same = "The cat sat here. A dog ran off. It was late."
+    lines = "A dog ran off.\nThe cat sat here.\nIt was late."
+    assert rouge([same], [[same]])["rougeLsum"][0] == pytest.approx(100)
+    assert rouge([lines.replace("\n", " ")], [[same]])["rougeLsum"][0] == pytest.approx(
+        rouge([lines], [[same]])["rougeLsum"][0])
+    assert rouge([same], [[reference]])["rougeLsum"][0] > 90
+
+
 def test_columns():
     assert examples(ROWS)[1][2] == ["A cat 2 sat."]
     several = [{"article": "x", "summary": "no", "references": ["a", "b"]}]

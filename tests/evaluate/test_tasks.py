@@ -116,8 +116,8 @@ def test_one_result_is_flat():
     assert ("accuracy", "0.7500 [0.6500, 0.8500]", "0.5000 [0.4000, 0.6000]", "+0.2500") in rows
     assert {len(row) for row in rows} == {4}
     assert outcome.card_rows(found, dense) == [{
-        "Task": "glue/sst2", "Data": "data validation", "Activations": "int8 (W1A8)",
-        "Scores": "accuracy 0.7500 [0.6500, 0.8500] (2 rows)",
+        "Task": "glue/sst2", "Data": "data validation, 2 rows", "Activations": "int8 (W1A8)",
+        "Scores": "accuracy 0.7500 [0.6500, 0.8500]",
         "Dense scores": "accuracy 0.5000 [0.4000, 0.6000]"}]
     lines = [json.loads(line) for line in outcome.predictions(found, dense).splitlines()]
     assert lines[1] == {"task": "glue/sst2", "row": 2, "prediction": 1, "dense": 0}

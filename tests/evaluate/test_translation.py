@@ -34,6 +34,14 @@ def test_bleu_by_hand():
 
 
 @needs_sacrebleu
+def test_a_language_without_spaces():
+    pair = ["我喜欢猫和狗。"], ["我喜欢猫和小狗。"]
+    found, signatures = bleu(*pair, "zh", resamples=0)
+    assert found["bleu"].value > 40 and "tok:zh" in signatures["bleu"]
+    assert bleu(*pair, resamples=0)[0]["bleu"].value == 0
+
+
+@needs_sacrebleu
 def test_scores_and_intervals_are_sacrebleus_on_the_rows_drawn():
     from sacrebleu.metrics import BLEU, CHRF
 

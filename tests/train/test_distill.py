@@ -13,9 +13,13 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from bitlm import Scheme
@@ -71,7 +75,7 @@ def rows(kind: str, count: int = 16) -> list[dict]:
     for number in range(count):
         ids = torch.randint(3, 50, (3 + (5 * number) % 7,), generator=random).tolist()
         targets = torch.randint(3, 50, (2 + (3 * number) % 5,), generator=random).tolist()
-        labels = {"bert": number % 3, "llama": ids, "bart": targets}[kind]
+        labels = {"bert": number % 3, "llama": ids, "gpt2": ids, "bart": targets}[kind]
         made.append({"input_ids": ids, "labels": labels})
     return made
 
@@ -85,6 +89,13 @@ def collate(batch: list[dict]) -> dict[str, Tensor]:
         wide = max(map(len, labels))
         labels = [each + [-100] * (wide - len(each)) for each in labels]
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor(labels)}
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=50, n_embd=16, n_inner=24, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3, attn_implementation="eager"))
 
 
 MODELS = {"bert": bert, "llama": llama, "bart": bart}
@@ -129,6 +140,53 @@ def test_losses_do_not_depend_on_how_a_batch_is_cut(kind, tmp_path):
         for name in ("loss", *CHECK):
             assert log[name] == pytest.approx(other[name], rel=1e-4), name
     assert any((whole[name] != value).any() for name, value in MODELS[kind](0).state_dict().items())
+
+
+def test_a_class_without_a_loss_type_shifts_its_labels_too(tmp_path):
+    losses = [["task", 1.0], ["kl", 1.0], ["plackett_luce", 1.0], ["attention_mse", 1.0]]
+    found = []
+    for size in (8, 2):
+        made = trainer("gpt2", tmp_path, losses, gpt2(0), gpt2(1), per_device_train_batch_size=size,
+                       gradient_accumulation_steps=8 // size)
+        made.train()
+        found.append([log for log in made.state.log_history if "loss" in log])
+    assert terms.is_causal(gpt2()) and not terms.is_causal(bart())
+    for log, other in zip(*found, strict=True):
+        for name in ("loss", *(name for name, _ in losses)):
+            assert log[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+def test_an_image_classifier_learns_from_a_teacher(tmp_path):
+    def vit(seed):
+        torch.manual_seed(seed)
+        return ViTForImageClassification(ViTConfig(
+            image_size=8, patch_size=4, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, num_labels=3, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0))
+
+    random = torch.Generator().manual_seed(0)
+    data = [{"pixel_values": torch.randn(3, 8, 8, generator=random), "labels": n % 3}
+            for n in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", logging_steps=1, remove_unused_columns=False)
+    student = prepare(vit(0), Scheme(group_size="row"), placement=("tbt", 1))
+    made = DistillTrainer(model=student, teacher=vit(1), args=arguments, train_dataset=data,
+                          losses=[["kl", 1.0]])
+    made.train()
+    assert made.state.log_history[0]["kl"] > 0
+    made = DistillTrainer(model=vit(0), teacher=vit(1), args=arguments, train_dataset=data,
+                          losses=[["hidden_mse", 1.0]])
+    with pytest.raises(LossError, match="have no tokens"):
+        made.train()
+
+
+def test_an_optimizer_that_is_given_is_the_one(tmp_path):
+    made = DistillTrainer(model=llama(), args=TrainingArguments(str(tmp_path), report_to=[],
+                                                                use_cpu=True),
+                          optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.5}))
+    made.create_optimizer()
+    assert type(made.optimizer) is torch.optim.SGD and made.optimizer.defaults["lr"] == 0.5
 
 
 def test_each_value_is_that_of_the_losses_on_the_whole_batch(tmp_path):
