@@ -58,6 +58,10 @@ class DistillMixin:
         if measure is not None:
             kwargs["eval_dataset"] = []  # Trainer evaluates in training only where it has one
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:  # nn.DataParallel: what its copies learn of steps is lost
+            raise ValueError(f"one process has {self.args.n_gpu} GPUs: start one for each, as "
+                             f"torchrun --nproc-per-node {self.args.n_gpu}, or show it one by "
+                             "CUDA_VISIBLE_DEVICES")
         if self.args.label_smoothing_factor:
             raise LossError("label smoothing is no part of these losses: leave out "
                             "label_smoothing_factor")

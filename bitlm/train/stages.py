@@ -239,7 +239,8 @@ def carry_quantizers(source: nn.Module, target: nn.Module) -> None:
         if isinstance(module, ActivationQuantizer) and isinstance(other, ActivationQuantizer):
             wanted = None if module.spec == other.spec else ("move",)
         elif isinstance(module, WeightQuantizer) and type(module) is type(other):
-            wanted = None if module.scheme.method == other.scheme.method else ()
+            wanted = None if all(getattr(module.scheme, name) == getattr(other.scheme, name)
+                                 for name in ("method", "center", "levels", "group_size")) else ()
         elif isinstance(module, Estimators) and isinstance(other, Estimators):
             wanted = None
         else:
