@@ -275,7 +275,7 @@ class _Elastic(Function):
             return rounded(values + TIE * a if signs else values, mode, a).to(x.dtype)
         begin = 0 if minimum is None else minimum
         result = ((values - begin) / a).round().clamp(low, high) * a + begin
-        return torch.where(x.isfinite().all(-1, keepdim=True), result, values).to(x.dtype)
+        return torch.where(_finite(values), result, values).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -286,14 +286,16 @@ class _Elastic(Function):
     def backward(ctx, grad: Tensor):
         x, step, minimum = ctx.saved_tensors
         values, a = _computed(x), step.clamp(min=LEAST_STEP)
-        z = (values if minimum is None else values - minimum) / a
-        inside = (z >= ctx.low) & (z <= ctx.high)
+        if ctx.signs:
+            inside, slope = values.abs() <= a, torch.where(values >= 0, 1.0, -1.0)
+        else:
+            z = (values if minimum is None else values - minimum) / a
+            inside = (z >= ctx.low) & (z <= ctx.high)
+            slope = torch.where(inside, z.round() - z, z.clamp(ctx.low, ctx.high))
         dx = dstep = None
         if ctx.needs_input_grad[0]:
             dx = grad * inside
         if ctx.needs_input_grad[1]:
-            slope = torch.where(z >= 0, 1.0, -1.0) if ctx.signs else \
-                torch.where(inside, z.round() - z, z.clamp(ctx.low, ctx.high))
             dstep = (_computed(grad) * slope).sum() / sqrt(max(x.numel(), 1) * ctx.high)
             dstep = dstep.reshape(1).to(step.dtype)
         return dx, dstep, None, None, None, None, None
@@ -313,7 +315,7 @@ class _Dynamic(Function):
             least = rows.amin(-1, keepdim=True).clamp(max=0)
             reach = rows.amax(-1, keepdim=True) - least + 1e-8
             result = ((rows - least) / reach * steps).round() / steps * reach + least
-            result = torch.where(rows.isfinite().all(-1, keepdim=True), result, rows)
+            result = torch.where(reach.isfinite(), result, rows)  # NaN where there is one
         return result.reshape(x.shape).to(x.dtype)
 
     @staticmethod
@@ -346,6 +348,11 @@ class _Threshold(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad, None, None
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Tell which tokens have neither infinities nor NaN, [..., 1]."""
+    return values.abs().amax(-1, keepdim=True).isfinite()
 
 
 def _computed(x: Tensor) -> Tensor:

@@ -28,14 +28,15 @@ def rounded(x: Tensor, activation: str, step: Tensor | None = None) -> Tensor:
     """
     if activation == "float" or not x.shape[-1]:
         return x
+    largest = x.abs().amax(-1, keepdim=True)  # NaN where there is one
     if activation in ("int8", "int16"):
-        scale = x.abs().amax(-1, keepdim=True) / (INT8 if activation == "int8" else INT16)
+        scale = largest / (INT8 if activation == "int8" else INT16)
         result = (x / _positive(scale)).round() * scale
     else:
         a = STEPS[activation] * x.abs().mean(-1, keepdim=True) if step is None else \
             step.to(x.dtype).reshape(())
         result = LEVELS[activation](x / _positive(a)) * a
-    return torch.where(x.isfinite().all(-1, keepdim=True), result, x)
+    return torch.where(largest.isfinite(), result, x)
 
 
 def _positive(scale: Tensor) -> Tensor:
