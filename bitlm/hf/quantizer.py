@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..attention import install_attention, uninstall_attention
 from ..checkpoint import CheckpointError, of_quantizer, raise_problems, split_name
 from ..methods.registry import statistics_needed
-from ..modules import PackedEmbedding, PackedLinear, install, packed_weights, uninstall
+from ..modules import PackedLinear, install, packed_weights, uninstall
 from ..ops.form import check
 from ..packing import pack_weight
 from ..plan import Entry, Request, make_plan
@@ -30,6 +29,7 @@ from ..targets import EXPERT_LEAVES, Target
 from . import skeleton
 from .experts import use_packed_experts
 from .order import put_dense_first
+from .resizing import refuse_resizing
 from .tying import install_twins, rewrite_tied_keys, submodels, tied_group
 
 if TYPE_CHECKING:
@@ -376,23 +376,3 @@ def refuse_tensor_parallel(model: PreTrainedModel) -> None:
     if plan is not None or getattr(model, "_tp_size", None) is not None:
         raise ValueError("bitlm has no tensor parallelism: leave tp_plan out and use "
                          'device_map="auto" to spread the layers over devices')
-
-
-def refuse_resizing(model: PreTrainedModel, kind: type[nn.Embedding] = PackedEmbedding) -> None:
-    """Let `resize_token_embeddings` say that embeddings of a kind cannot be resized."""
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return
-    if isinstance(embeddings, kind):
-        model.resize_token_embeddings = partial(_resize, embeddings)
-
-
-def _resize(embeddings: nn.Embedding, new_num_tokens: int | None = None,
-            pad_to_multiple_of: int | None = None, mean_resizing: bool = True) -> nn.Embedding:
-    rows = embeddings.num_embeddings
-    if new_num_tokens in (None, rows) and rows % (pad_to_multiple_of or 1) == 0:
-        return embeddings
-    raise ValueError(f"the {rows} token embeddings of this model are quantized and cannot be "
-                     "resized: resize those of the dense model first, or leave embeddings dense")
-

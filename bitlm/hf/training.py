@@ -17,7 +17,7 @@ from ..train.weights import WeightQuantizer
 from . import skeleton
 from .config import BitlmConfig
 from .mapping import Found, find_tensors
-from .quantizer import refuse_resizing
+from .resizing import refuse_resizing
 from .tying import submodels, tied_group
 
 if TYPE_CHECKING:

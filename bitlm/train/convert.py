@@ -30,8 +30,7 @@ from .weights import LearnedScales, WeightQuantizer, quantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ..hf import BitlmConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin as Configuration
 
 FUSED = "fused experts have no fake-quant weights: they stay dense, also in the packed model"
 READ = "its model reads the weight itself, past the layer that would fake-quantize it"
@@ -41,7 +40,7 @@ HARMLESS = r"(?!\.(?:dtype|device|shape|data|ndim|size|numel|requires_grad|is_\w
 
 # --- dense -> in training ------------------------------------------------------------------------
 
-def prepare(model: PreTrainedModel, scheme: str | Scheme | dict[str, Any] | BitlmConfig, *,
+def prepare(model: PreTrainedModel, scheme: str | Scheme | dict[str, Any] | Configuration, *,
             training: Training | dict[str, Any] | None = None,
             placement: tuple[str, int] | Placement | None = None, skip: Iterable[str] = (),
             overrides: dict[str, dict[str, Any]] | None = None,
@@ -156,7 +155,7 @@ def _check_dense(model: nn.Module) -> None:
 
 # --- the configuration ---------------------------------------------------------------------------
 
-def _asked(scheme: str | Scheme | dict[str, Any] | BitlmConfig, **given: Any) -> dict[str, Any]:
+def _asked(scheme: str | Scheme | dict[str, Any] | Configuration, **given: Any) -> dict[str, Any]:
     """Return the keys of the configuration that is asked for."""
     plain = isinstance(scheme, str | Scheme | dict)
     asked = {"scheme": scheme, "quant_method": "bitlm"} if plain else scheme.to_dict()
@@ -218,21 +217,21 @@ def _placed(model: nn.Module, asked: dict[str, Any], placed: tuple[str, int] | P
     return asked
 
 
-def _config(asked: dict[str, Any]) -> BitlmConfig:
+def _config(asked: dict[str, Any]) -> Configuration:
     # By its registry: bitlm.hf stands above this package, and has registered its configuration.
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     return AutoQuantizationConfig.from_dict(asked)
 
 
-def _attach(model: PreTrainedModel, config: BitlmConfig) -> None:
+def _attach(model: PreTrainedModel, config: Configuration) -> None:
     """Let transformers know what the model is now."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     AutoHfQuantizer.from_config(config, pre_quantized=True).attach(model)
 
 
-def _training(config: BitlmConfig) -> Training:
+def _training(config: Configuration) -> Training:
     return Training.from_dict(config.training or {})
 
 
