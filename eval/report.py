@@ -81,7 +81,6 @@ def measure(work: Path, folder: Path) -> dict[str, Any]:
             "models": models}
 
 
-@torch.inference_mode()
 def facts(model: nn.Module, tokenizer: Any, place: Path, texts: list[tuple[str, ...]]
           ) -> dict[str, Any]:
     """Return bytes of file and memory, bits, and the operations of the first texts."""

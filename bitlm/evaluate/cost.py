@@ -79,8 +79,8 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor]) -> Cost:
     counter, training = FlopCounterMode(display=False), model.training
     try:
         model.eval()
-        # It knows no fused attention of the CPU, and puts hooks on gradients.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        # It knows no fused attention of the CPU, and puts hooks on gradients: no inference mode.
+        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(**inputs)
     finally:
         model.train(training)

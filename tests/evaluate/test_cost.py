@@ -30,6 +30,8 @@ def test_a_dense_model(attention):
     found = count(model(attn_implementation=attention), INPUTS)
     assert found.products == {(FLOAT, FLOAT): LINEAR + ATTENTION + HEAD}
     assert found.ops == found.flops == found.total and found.bops == 0
+    with torch.inference_mode():
+        assert count(model(attn_implementation=attention), INPUTS) == found
 
 
 @pytest.mark.parametrize("scheme, bits, planes", [
