@@ -46,8 +46,20 @@ class FakeQuantLayer(nn.Module):
 
     @torch.compiler.disable  # it looks at values, where a graph would break again and again
     def fake_quant(self) -> Tensor:
-        """Return the fake-quant weight [N, K], with its gradient."""
-        return self.weight_quantizer(self.matrix)
+        """Return the fake-quant weight [N, K], with its gradient.
+
+        In evaluation without gradients it is kept, until a tensor that it comes from changes: a
+        teacher's is the same at every step, and `generate` asks for every token.
+        """
+        quantizer = self.weight_quantizer
+        if self.training or torch.is_grad_enabled():
+            self.__dict__.pop("kept", None)
+            return quantizer(self.matrix)
+        stamp = _stamp(self.weight, quantizer)
+        kept = self.__dict__.get("kept")
+        if kept is None or stamp is None or kept[0] != stamp:
+            kept = self.__dict__["kept"] = stamp, quantizer(self.matrix)
+        return kept[1]
 
     def packed(self) -> PackedWeight:
         """Return the packed weight that the fake-quant one stands for."""
@@ -84,15 +96,37 @@ class FakeQuantConv1D(FakeQuantLayer):
 class FakeQuantEmbedding(FakeQuantLayer, nn.Embedding):
     """An nn.Embedding with a fake-quant weight, and the factor of scaled embeddings (BART, Gemma).
 
-    No gradient reaches the row of `padding_idx`.
+    No gradient reaches the row of `padding_idx`. In training only the rows of a batch are coded,
+    where a row's scales are its own.
     """
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = embedding(ids, self.fake_quant(), self.padding_idx)
+        rows = self.rows(ids)
         scale = getattr(self, "embed_scale", 1.0)
         if isinstance(scale, Tensor):  # Gemma; after loading, only the float has its value
             return rows * rows.new_full((), self.scalar_embed_scale)
         return rows if scale == 1.0 else rows * scale
+
+
+    @torch.compiler.disable
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the fake-quant rows of ids [...]: [..., K]."""
+        quantizer = self.weight_quantizer
+        if not self.training or not quantizer.by_row or not ids.numel():
+            return embedding(ids, self.fake_quant(), self.padding_idx)
+        used, places = ids.unique(return_inverse=True)
+        padding = (used == self.padding_idx).nonzero() if self.padding_idx is not None else ()
+        return embedding(places, quantizer(self.weight[used]),
+                         int(padding[0]) if len(padding) else None)
+
+
+def _stamp(weight: Tensor, quantizer: WeightQuantizer) -> tuple | None:
+    """Return what changes when a fake-quant weight does; None where nothing tells."""
+    tensors = [weight, *quantizer.parameters(), *quantizer.buffers()]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
+        return None
+    return (quantizer.scheme, quantizer.parameter,
+            *((id(t), t.data_ptr(), t._version, t.dtype) for t in tensors))
 
 
 def _product(layer: FakeQuantLayer, x: Tensor) -> Tensor:
@@ -131,6 +165,7 @@ def unpatch(layer: FakeQuantLayer) -> Patch:
     """Make a dense layer again of one with a fake-quant weight, in place; return what it had."""
     own = Patch(layer._modules.pop("quantizer"), layer._modules.pop("input"),
                 layer.__dict__.pop("source"))
+    layer.__dict__.pop("kept", None)
     layer.__class__ = layer.__dict__.pop("dense_class")
     return own
 

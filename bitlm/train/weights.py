@@ -86,6 +86,14 @@ class WeightQuantizer(TensorHolder):
         self.scheme, self.estimator, self.parameter = scheme, estimator, parameter
         self.unit, self.name = unit, name
 
+    @property
+    def by_row(self) -> bool:
+        """Whether some rows of the weight can be coded without the others.
+
+        But for the dtype of the scales, which is float32 for all where one row needs it.
+        """
+        return False
+
     def initialise(self, weight: Tensor, hessian: Tensor | None = None) -> None:
         """Fill in what depends on the weight [N, K]; hessian: for salience by Hessian alone."""
 
@@ -170,6 +178,10 @@ class MeasuredScales(WeightQuantizer):
         if self.noise is not None and torch.is_grad_enabled():
             values = values + self.noise(rest, self.amount, units)
         return values
+
+    @property
+    def by_row(self) -> bool:
+        return self.scheme.group_size != "tensor"
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         return self._coded(weight).tensors(self.scheme)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitlm.modules import install
 from bitlm.quantizers import build
-from bitlm.scheme import Quantizer, Scheme
+from bitlm.scheme import Quantizer, Scheme, grid
 from bitlm.train.layers import (
     FakeQuantConv1D,
     FakeQuantEmbedding,
@@ -119,6 +119,47 @@ def test_embeddings(make, dtype):
     grads = layer.weight.grad.abs().sum(1)
     assert not grads[[1, 2, 4, 5]].any() and grads[[0, 3, 6]].all()
     assert not layer(torch.tensor([1])).any()  # the row of the padding is 0
+
+
+@pytest.mark.parametrize("scheme", [ROW, Scheme(group_size=4), grid(8), Scheme("ternary"),
+                                    Scheme(group_size="tensor")])
+def test_training_codes_the_rows_of_a_batch_alone(scheme, monkeypatch):
+    layer = patched(nn.Embedding(50, 8, padding_idx=1), scheme)
+    ids = torch.tensor([[0, 1, 7], [7, 3, 1]])
+    whole = torch.nn.functional.embedding(ids, layer.quantizer(layer.weight), 1)
+    upstream = torch.randn(2, 3, 8)
+    wanted, = torch.autograd.grad(whole, layer.weight, upstream)
+    sizes = []
+    coded = type(layer.quantizer).forward
+    monkeypatch.setattr(type(layer.quantizer), "forward", lambda self, weight: (
+        sizes.append(len(weight)), coded(self, weight))[1])
+    rows = layer(ids)
+    found, = torch.autograd.grad(rows, layer.weight, upstream)
+    assert torch.equal(rows, whole) and sizes == [50 if scheme.group_size == "tensor" else 4]
+    torch.testing.assert_close(found, wanted)
+    assert not found[1].any() and found[7].any()
+    assert layer(ids[:, :0]).shape == (2, 0, 8)
+    assert torch.equal(layer.eval()(ids), whole) and sizes[-1] == 50
+
+
+def test_the_fake_quant_weight_is_kept_in_evaluation_until_something_changes():
+    layer = patched(nn.Linear(8, 3), learned=True)
+    with torch.no_grad():
+        assert layer.fake_quant() is not layer.fake_quant()
+        layer.eval()
+        kept = layer.fake_quant()
+        assert layer.fake_quant() is kept
+        layer.weight.neg_()
+        assert torch.equal(layer.fake_quant(), -kept)
+        kept = layer.fake_quant()
+        layer.quantizer.scales.mul_(2)
+        assert torch.equal(layer.fake_quant(), 2 * kept)
+        layer.load_state_dict(patched(nn.Linear(8, 3), learned=True).state_dict())
+        assert torch.equal(layer.fake_quant(), layer.quantizer(layer.weight))
+        layer.to(torch.bfloat16)
+        assert layer.fake_quant().dtype == torch.bfloat16
+        kept = layer.fake_quant()
+    assert layer.fake_quant() is not kept and layer.fake_quant().requires_grad
 
 
 def test_a_tied_layer_has_the_quantizer_of_its_source():
