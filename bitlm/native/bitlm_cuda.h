@@ -116,7 +116,7 @@ typedef struct bitlm_cuda_salient {
 
 BITLM_API int bitlm_cuda_salient_launch(const bitlm_cuda_salient* call, void* stream);
 
-// Rows of the dense weight: out[i, :] = sum over passes of row ids[i] (row i without ids), then
+// Rows of the dense weight: out[i, :] = sum over passes of row ids[i] (first + i without ids), then
 // salient entries in their place, all times multipliers. Chains and low-rank terms are the caller's.
 // A row that is not one of the weight's is NaN.
 typedef struct bitlm_cuda_rows {
@@ -129,7 +129,7 @@ typedef struct bitlm_cuda_rows {
   const uint8_t* salient_zeros;
   const void* multipliers;      // [columns] or null: input_scales
   void* out;                    // [rows_out][columns], of out_type
-  int64_t rows_out;
+  int64_t rows_out, first;
   int32_t count;  // how many of `pass`
   int32_t rows, columns, group_size;
   int32_t salient_type, multiplier_type, out_type;

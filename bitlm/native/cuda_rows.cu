@@ -1,4 +1,5 @@
-// Rows of the dense weight: embeddings and dequantizing. A thread makes every 256th column of a row.
+// Rows of the dense weight: embeddings, dequantizing, and what the dense product of many tokens
+// reads. A thread makes 8 columns where their bits are one byte and share a scale, else one at a time.
 #include "cuda_device.h"
 
 namespace bitlm {
@@ -49,7 +50,7 @@ BITLM_DEVICE float salient_at(const bitlm_cuda_rows& call, int64_t row, int colu
 
 __global__ void __launch_bounds__(row_threads) rows_kernel(const __grid_constant__
                                                            bitlm_cuda_rows call) {
-  int64_t row = call.ids ? load<int64_t>(call.ids + blockIdx.x) : blockIdx.x;
+  int64_t row = call.ids ? load<int64_t>(call.ids + blockIdx.x) : call.first + blockIdx.x;
   bool is_row = row >= 0 && row < call.rows;
   for (int column = threadIdx.x; column < call.columns; column += row_threads) {
     float sum = is_row ? 0.0f : NAN;
@@ -68,6 +69,70 @@ __global__ void __launch_bounds__(row_threads) rows_kernel(const __grid_constant
   }
 }
 
+// Whether 8 columns are one byte of every plane, and in one group.
+bool by_bytes(const bitlm_cuda_rows& call) {
+  bool one_group = call.group_size >= call.columns;
+  if (call.columns % 8 || (!one_group && call.group_size % 8)) return false;
+  if (call.salient_mask || call.multipliers) return false;
+  if (reinterpret_cast<uintptr_t>(call.out) % 16) return false;
+  for (int i = 0; i < call.count; i++) {
+    if (call.pass[i].trits || call.pass[i].zones || call.pass[i].drop) return false;
+  }
+  return true;
+}
+
+BITLM_DEVICE uint32_t two_of(int type, float low, float high) {
+  uint32_t a = type == BITLM_FLOAT16 ? half_of(low) : bfloat_of(low);
+  uint32_t b = type == BITLM_FLOAT16 ? half_of(high) : bfloat_of(high);
+  return a | b << 16;
+}
+
+BITLM_DEVICE void store_eight(const bitlm_cuda_rows& call, int64_t at, const float (&value)[8]) {
+  if (call.out_type == BITLM_FLOAT32) {
+    float* out = static_cast<float*>(call.out) + at;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      Words four;
+#pragma unroll
+      for (int i = 0; i < 4; i++) four.word[i] = __float_as_uint(value[4 * half + i]);
+      *reinterpret_cast<Words*>(out + 4 * half) = four;
+    }
+    return;
+  }
+  Words eight;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    eight.word[i] = two_of(call.out_type, value[2 * i], value[2 * i + 1]);
+  }
+  *reinterpret_cast<Words*>(static_cast<uint16_t*>(call.out) + at) = eight;
+}
+
+__global__ void __launch_bounds__(row_threads) bytes_kernel(const __grid_constant__
+                                                            bitlm_cuda_rows call) {
+  int64_t row = call.ids ? load<int64_t>(call.ids + blockIdx.x) : call.first + blockIdx.x;
+  bool is_row = row >= 0 && row < call.rows;
+  int bytes = call.columns / 8, groups = ceil_div(call.columns, call.group_size);
+  for (int byte = threadIdx.x; byte < bytes; byte += row_threads) {
+    float value[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++) value[k] = is_row ? 0.0f : NAN;
+    int group = groups == 1 ? 0 : 8 * byte / call.group_size;
+    for (int i = 0; is_row && i < call.count; i++) {
+      const bitlm_cuda_pass& pass = call.pass[i];
+      float scale = pass.factor;
+      if (pass.scales) scale *= float_at(pass.scales, pass.scale_type, row * groups + group);
+      uint32_t signs = pass.signs ? load<uint8_t>(pass.signs + row * bytes + byte) : 255u;
+      uint32_t mask = pass.mask ? load<uint8_t>(pass.mask + row * bytes + byte) : 255u;
+#pragma unroll
+      for (int k = 0; k < 8; k++) {
+        float code = signs >> k & 1 ? scale : -scale;
+        value[k] += mask >> k & 1 ? code : 0.0f;
+      }
+    }
+    store_eight(call, static_cast<int64_t>(blockIdx.x) * call.columns + 8 * byte, value);
+  }
+}
+
 }  // namespace
 }  // namespace bitlm
 
@@ -75,5 +140,6 @@ int bitlm_cuda_rows_launch(const bitlm_cuda_rows* call, void* stream) {
   using namespace bitlm;
   if (call->count < 0 || call->count > BITLM_CUDA_MAX_PASSES) return cudaErrorInvalidValue;
   dim3 blocks(static_cast<unsigned>(call->rows_out));
-  return launch(rows_kernel, *call, blocks, row_threads, 0, stream);
+  auto kernel = by_bytes(*call) ? bytes_kernel : rows_kernel;
+  return launch(kernel, *call, blocks, row_threads, 0, stream);
 }

@@ -82,7 +82,8 @@ def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | No
                   step: Tensor | None = None) -> Tensor:
     """Return what reference.packed_linear does, natively when there is a kernel.
 
-    A token with an infinity or NaN gives NaN.
+    A token with an infinity or NaN gives NaN. Many tokens of 16 bits (cuda_table.DENSE_TOKENS) are
+    multiplied by the weight in their dtype, as a dense layer does it.
     """
     layout = parse(form)
     reason = unsupported(layout, x.dtype)
@@ -91,6 +92,9 @@ def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | No
         return reference.packed_linear(x, tensors, form, bias, offsets, activation, step)
     flat = x.reshape(-1, layout.columns).contiguous()
     with _on(x.device):
+        if _is_dense_work(flat, layout, activation):
+            y = _dense_linear(flat, terms(form, tensors), _bias(bias, layout))
+            return y.reshape(*x.shape[:-1], layout.rows)
         call = _Call(terms(form, tensors), dict(zip(layout.names, tensors)), flat,
                      _NUMBERS[activation], step)
         y = call.linear(_bias(bias, layout), _offsets(offsets, layout))
@@ -337,8 +341,31 @@ class _Call:
         return staged
 
 
-def _rows(weight: Terms, ids: Tensor | None, count: int, dtype: torch.dtype) -> Tensor:
-    """Return rows of the dense weight, [count, K]."""
+def _is_dense_work(x: Tensor, form: Form, activation: str) -> bool:
+    return activation == "float" and x.dtype != torch.float32 and not form.experts and \
+        len(x) >= cuda_table.DENSE_TOKENS and _no_rows(form) is None
+
+
+def _dense_linear(x: Tensor, weight: Terms, bias: Tensor | None) -> Tensor:
+    """Return x @ W.T + bias with W in the dtype of x, some rows of it at a time."""
+    rows, columns = weight.form.rows, weight.form.columns
+    y = x.new_empty(len(x), rows)
+    step = cuda_table.dense_rows(columns)
+    bias = None if bias is None else bias.to(x.dtype)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        piece = _rows(weight, None, count, x.dtype, first)
+        own = y[:, first:first + count]
+        if bias is None:
+            torch.mm(x, piece.T, out=own)
+        else:
+            torch.addmm(bias[first:first + count], x, piece.T, out=own)
+    return y
+
+
+def _rows(weight: Terms, ids: Tensor | None, count: int, dtype: torch.dtype,
+          first: int = 0) -> Tensor:
+    """Return rows `ids`, or `count` rows from `first` on, of the dense weight: [count, K]."""
     form, part = weight.form, weight.parts[0]
     device = weight.sources[0][0]().device if ids is None else ids.device
     out = torch.empty(count, form.columns, dtype=dtype, device=device)
@@ -347,7 +374,7 @@ def _rows(weight: Terms, ids: Tensor | None, count: int, dtype: torch.dtype) -> 
     product, own = part.products[-1], part.salient
     multipliers = product.source.multipliers
     call = Rows((Pass * MAX_PASSES)(*product.passes), 0 if ids is None else ids.data_ptr(),
-                rows_out=count, count=len(product.passes),
+                rows_out=count, first=first, count=len(product.passes),
                 rows=form.rows * (form.experts or 1), columns=form.columns,
                 group_size=form.group_size, out=out.data_ptr(), out_type=TYPES[dtype])
     if multipliers is not None:

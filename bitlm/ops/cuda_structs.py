@@ -42,7 +42,8 @@ class Salient(Structure):
 class Rows(Structure):
     _fields_ = [("passes", Pass * MAX_PASSES),
                 *fields("ids salient_mask salient_values salient_starts salient_scales "
-                        "salient_zeros multipliers out", c_void_p), ("rows_out", c_int64),
+                        "salient_zeros multipliers out", c_void_p),
+                *fields("rows_out first", c_int64),
                 *fields("count rows columns group_size salient_type multiplier_type out_type "
                         "reserved", c_int32)]
 

@@ -142,6 +142,21 @@ def test_a_block_may_stage_its_token_or_not(monkeypatch):
                 assert torch.equal(native(x, tensors, form, None, None, activation), alone)
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_many_tokens_are_multiplied_by_dense_pieces(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(cuda_table, "DENSE_TOKENS", 6)
+    monkeypatch.setattr(cuda_table, "DENSE_PIECE_BYTES", 0)
+    for columns, kinds in ((256, ("binary", "ternary")), (250, ("trits",))):
+        form, tensors = random_weight(300, columns, 64, kinds, shift=True)
+        x, bias = torch.randn(2, 3, columns).to(dtype), torch.randn(300)
+        y = native(x, tensors, form, bias)
+        weight = reference.dequantize(tensors, form.text, dtype)
+        exact = torch.nn.functional.linear(x, weight, bias.to(dtype))
+        assert torch.allclose(y, exact, rtol=1e-2, atol=0.1)
+        full = reference.packed_linear(x.double(), tensors, form.text, bias)
+        assert (y - full).norm() < 2 * torch.finfo(dtype).eps * full.norm()
+
+
 def test_experts(kernels):
     for kinds, group in ((("binary",), 128), (("mask", "trits"), 32)):
         kinds = tuple({"binary": "signs"}.get(kind, kind) for kind in kinds)
