@@ -3,13 +3,13 @@ enable_language(CUDA)
 
 set(architectures)
 set(probe)
-foreach(architecture ${CMAKE_CUDA_ARCHITECTURES})
+foreach(architecture ${BITLM_CUDA_ARCHITECTURES})
   list(APPEND architectures ${architecture}-real)
   list(APPEND probe -gencode=arch=compute_${architecture},code=sm_${architecture})
 endforeach()
-list(GET CMAKE_CUDA_ARCHITECTURES -1 newest)
+list(GET BITLM_CUDA_ARCHITECTURES -1 newest)
 list(APPEND architectures ${newest}-virtual)
-string(REPLACE ";" " " named "${CMAKE_CUDA_ARCHITECTURES}")
+string(REPLACE ";" " " named "${BITLM_CUDA_ARCHITECTURES}")
 
 # An nvcc that cannot build one kernel for these architectures (too old, the wrong host compiler) is
 # found out here, where it costs a message and not the build.

@@ -10,9 +10,12 @@ int start_product(const bitlm_cuda_product& call, void* stream);
 
 namespace {
 
+// Blocks of a multiprocessor that the registers must do for: many tokens have many sums.
+constexpr int resident_blocks(int tokens) { return tokens >= 4 ? 1 : 2; }
+
 template <int D, int R, int T, bool FAST, bool STAGES>
-__global__ void __launch_bounds__(stage_threads) product_kernel(const __grid_constant__
-                                                                bitlm_cuda_product call) {
+__global__ void __launch_bounds__(stage_threads, resident_blocks(T))
+    product_kernel(const __grid_constant__ bitlm_cuda_product call) {
   __shared__ StageMemory stage;
   __shared__ uint16_t table[256];
   if (!FAST) {
