@@ -36,10 +36,10 @@ struct alignas(16) Words {
 // lane % 4) has word t of rows g and g + 8 of a, word t of column g of b, and the counts of columns
 // 2t and 2t + 1 in row g (0, 1) and in row g + 8 (2, 3).
 BITLM_DEVICE void add_popcounts(uint32_t (&counts)[4], uint32_t a0, uint32_t a8, uint32_t b) {
-  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
-      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+r"(counts[0]), "+r"(counts[1]), "+r"(counts[2]), "+r"(counts[3])
-      : "r"(a0), "r"(a8), "r"(b));
+  asm volatile("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
+               "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+r"(counts[0]), "+r"(counts[1]), "+r"(counts[2]), "+r"(counts[3])
+               : "r"(a0), "r"(a8), "r"(b));
 }
 
 // Reads weights, which nobody reads again: past L1, and the rest of the line comes along into L2.
@@ -71,7 +71,7 @@ BITLM_DEVICE uint16_t bfloat_of(float value) {
 
 // The block's dynamic shared memory.
 BITLM_DEVICE char* block_memory() {
-  extern __shared__ char memory[];
+  extern __shared__ __align__(16) char memory[];
   return memory;
 }
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import byref
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | No
     multiplied by the weight in their dtype, as a dense layer does it.
     """
     layout = parse(form)
-    reason = unsupported(layout, x.dtype)
+    reason = unsupported(layout, x.dtype) or _no_code_for(x.device)
     if reason:
         _note(reason)
         return reference.packed_linear(x, tensors, form, bias, offsets, activation, step)
@@ -104,7 +105,7 @@ def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | No
 def packed_embedding(ids: Tensor, tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
     """Return rows `ids` of the weight; forms whose rows have other terms: reference."""
     layout = parse(form)
-    reason = unsupported(layout, dtype) or _no_rows(layout)
+    reason = unsupported(layout, dtype) or _no_rows(layout) or _no_code_for(ids.device)
     if reason or layout.experts:
         _note(reason or "rows of experts have no kernel")
         return reference.packed_embedding(ids, tensors, form, dtype)
@@ -117,7 +118,7 @@ def packed_embedding(ids: Tensor, tensors: list[Tensor], form: str, dtype: torch
 def dequantize(tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
     """Return the dense weight; forms whose rows have other terms: reference."""
     layout = parse(form)
-    reason = unsupported(layout, dtype) or _no_rows(layout)
+    reason = unsupported(layout, dtype) or _no_rows(layout) or _no_code_for(tensors[0].device)
     if reason:
         _note(reason)
         return reference.dequantize(tensors, form, dtype)
@@ -126,6 +127,25 @@ def dequantize(tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
         dense = _rows(terms(form, tensors), None, rows, dtype)
     shape = (layout.rows, layout.columns)
     return dense.reshape((layout.experts, *shape) if layout.experts else shape)
+
+
+@cache
+def _no_code_for(device: torch.device) -> str | None:
+    """Return why a card cannot run what the library was built for, or None."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    named = native.load("bitlm_cuda").library.bitlm_cuda_architectures().decode()
+    return _no_code(named, major, minor)
+
+
+def _no_code(architectures: str, major: int, minor: int) -> str | None:
+    """Machine code runs within its generation, the newest one's PTX on all later cards."""
+    built = [int(name.rstrip("af")) for name in architectures.split()]
+    card = 10 * major + minor
+    if max(built) <= card or any(own // 10 == major and own <= card for own in built):
+        return None
+    return f"the CUDA kernels are built for {architectures}, this card has {card}"
 
 
 def _note(reason: str) -> None:

@@ -293,6 +293,13 @@ def test_what_has_no_kernel_goes_to_the_reference_with_a_reason():
     assert cuda.handed_back == {"float64 inputs have no kernel": 1}
 
 
+def test_cards_that_the_library_was_not_built_for():
+    assert [cuda._no_code("80 86 90", *card) for card in ((8, 0), (8, 9), (9, 0), (12, 0))] == \
+        [None] * 4
+    assert cuda._no_code("90", 8, 0) == "the CUDA kernels are built for 90, this card has 80"
+    assert cuda._no_code("86", 8, 0) and not cuda._no_code("80", 8, 6)
+
+
 def test_errors_have_their_name(kernels, monkeypatch):
     form, tensors = random_weight(8, 64, 32, ("binary",))
     monkeypatch.setattr(cuda_table, "staging_bytes", lambda units, digits: 0)
