@@ -188,7 +188,7 @@ def _named(tree: Any) -> Any:
         return {key: _named(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_named(value) for value in tree]
-    is_path = isinstance(tree, str) and "/" in tree and Path(tree).exists()
+    is_path = isinstance(tree, str) and (os.path.isabs(tree) or "/" in tree and Path(tree).exists())
     return Path(tree).name if is_path else tree
 
 
