@@ -270,9 +270,8 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
     newest = newest_checkpoint(checkpoints)
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    except BaseException:
+    finally:
         _close_bars(trainer)
-        raise
     if caches is not None:
         model.config.use_cache = caches  # Trainer turns it off
     if is_main() and not (folder / "model").exists():  # before what else may fail
@@ -290,7 +289,7 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
 
 
 def _close_bars(trainer: Any) -> None:
-    """Close the progress bars of a training that failed, so that the error has its own line."""
+    """Close the progress bars that a training left, so that an error has its own line."""
     for callback in trainer.callback_handler.callbacks:
         bar = getattr(callback, "training_bar", None)
         if bar is not None:

@@ -201,7 +201,7 @@ def test_load_refuses_in_one_line(folder, tmp_path, monkeypatch):
         tensors = load_file(bert / "model.safetensors")
         save_file({name: tensor for name, tensor in tensors.items() if "pooler" not in name},
                   bert / "model.safetensors", metadata={"format": "pt"})
-    assert load_model(tmp_path / "bert0")[0] is not None
+    assert type(load_model(tmp_path / "bert0")[0]).__name__ == "BertModel"
     refused(tmp_path / "bert2", "lacks bert.pooler.dense.bias and 1 more")
     (cut / "config.json").write_text('{"model_type": "nothing_known"}')
     refused(cut, "cannot be loaded")
