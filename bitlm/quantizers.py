@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd import Function
 
-from .ops.rounding import rounded
+from .ops.rounding import finite_else, rounded, signs
 from .scheme import Quantizer
 from .weight import KeepsDtype
 
@@ -270,12 +270,12 @@ class _Elastic(Function):
     @staticmethod
     def forward(x: Tensor, step: Tensor, minimum: Tensor | None, mode: str, low: int, high: int,
                 signs: bool) -> Tensor:
-        values, a = _computed(x), step.clamp(min=LEAST_STEP)
+        values, a = _computed(x), step.clamp(min=LEAST_STEP).reshape(())
         if mode:
             return rounded(values + TIE * a if signs else values, mode, a).to(x.dtype)
         begin = 0 if minimum is None else minimum
         result = ((values - begin) / a).round().clamp(low, high) * a + begin
-        return torch.where(_finite(values), result, values).to(x.dtype)
+        return finite_else(_largest(values), result, values).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -285,18 +285,22 @@ class _Elastic(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, step, minimum = ctx.saved_tensors
-        values, a = _computed(x), step.clamp(min=LEAST_STEP)
+        values, a = _computed(x), step.clamp(min=LEAST_STEP).reshape(())
+        # 1 where the gradient passes, else 0, as floats: a CPU computes with masks far slower.
+        inside = torch.empty_like(values)
         if ctx.signs:
-            inside, slope = values.abs() <= a, torch.where(values >= 0, 1.0, -1.0)
+            torch.le(values.abs(), a, out=inside)
+            slope = signs(values)
         else:
             z = (values if minimum is None else values - minimum) / a
-            inside = (z >= ctx.low) & (z <= ctx.high)
-            slope = torch.where(inside, z.round() - z, z.clamp(ctx.low, ctx.high))
+            clamped = z.clamp(ctx.low, ctx.high)
+            torch.eq(z, clamped, out=inside)
+            slope = clamped.round().sub_(clamped.mul_(inside))  # round(z) - z, outside the limit
         dx = dstep = None
         if ctx.needs_input_grad[0]:
-            dx = grad * inside
+            dx = grad * inside.to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            dstep = (_computed(grad) * slope).sum() / sqrt(max(x.numel(), 1) * ctx.high)
+            dstep = slope.mul_(grad).sum() / sqrt(max(x.numel(), 1) * ctx.high)
             dstep = dstep.reshape(1).to(step.dtype)
         return dx, dstep, None, None, None, None, None
 
@@ -315,7 +319,7 @@ class _Dynamic(Function):
             least = rows.amin(-1, keepdim=True).clamp(max=0)
             reach = rows.amax(-1, keepdim=True) - least + 1e-8
             result = ((rows - least) / reach * steps).round() / steps * reach + least
-            result = torch.where(reach.isfinite(), result, rows)  # NaN where there is one
+            result = finite_else(reach, result, rows)  # NaN where there is one
         return result.reshape(x.shape).to(x.dtype)
 
     @staticmethod
@@ -339,7 +343,7 @@ class _Threshold(Function):
         if rescale != "none":
             worth = 1 if rescale == "sum" else (values * ones).sum(-1, keepdim=True)
             result = ones * (worth / ones.sum(-1, keepdim=True))
-        return torch.where(largest.isfinite(), result, values).to(x.dtype)
+        return finite_else(largest, result, values).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -350,9 +354,9 @@ class _Threshold(Function):
         return grad, None, None
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Tell which tokens have neither infinities nor NaN, [..., 1]."""
-    return values.abs().amax(-1, keepdim=True).isfinite()
+def _largest(values: Tensor) -> Tensor:
+    """Return max|x| of each token, [..., 1]: infinite or NaN where one of its values is."""
+    return values.abs().amax(-1, keepdim=True)
 
 
 def _computed(x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ INT8, INT16 = 127, 32512
 LEVELS: dict[str, Callable[[Tensor], Tensor]] = {
     "int2": lambda u: u.floor().clamp(-2, 1) + 0.5,
     "uint2": lambda u: u.round().clamp(0, 3),
-    "int1": lambda u: torch.where(u >= 0, 1.0, -1.0).to(u.dtype),
-    "uint1": lambda u: (u > 0.5).to(u.dtype),
+    "int1": lambda u: signs(u),
+    "uint1": lambda u: (u - 0.5).sign().clamp(min=0),
 }
 # The step for an input without one of its own, as a multiple of mean|x|.
 STEPS = {"int2": 1.0, "uint2": 2 / 3 ** 0.5, "int1": 1.0, "uint1": 2.0}
@@ -36,7 +36,21 @@ def rounded(x: Tensor, activation: str, step: Tensor | None = None) -> Tensor:
         a = STEPS[activation] * x.abs().mean(-1, keepdim=True) if step is None else \
             step.to(x.dtype).reshape(())
         result = LEVELS[activation](x / _positive(a)) * a
-    return torch.where(largest.isfinite(), result, x)
+    return finite_else(largest, result, x)
+
+
+def signs(x: Tensor) -> Tensor:
+    """Return sign(x) in the dtype of x, sign(0) = +1."""
+    return torch.copysign(x.new_ones(()), x + 0.0)  # which makes +0 of -0
+
+
+def finite_else(largest: Tensor, result: Tensor, x: Tensor) -> Tensor:
+    """Return `result` where `largest` (of each token, [..., 1]) is finite, elsewhere x."""
+    finite = largest.isfinite()
+    # On a CPU `where` takes as long as all of the rounding does, and a look is free.
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite.all()):
+        return result
+    return torch.where(finite, result, x)
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Coded:
 
     def values(self) -> Tensor:
         """Return the dense weight, float32, summed in the order of `ops.dequantize`."""
-        total = self.codes[0] * self.spread(self.scales[0])
+        total = self.codes[0].to(self.scales.dtype).mul_(self.spread(self.scales[0]))
         for codes, scales in zip(self.codes[1:], self.scales[1:]):
             total += codes * self.spread(scales)
         return total if self.shift is None else total.add_(self.spread(self.shift))

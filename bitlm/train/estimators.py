@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
+from ..ops.rounding import signs
+
 # --- factors -------------------------------------------------------------------------------------
 # (x, parameter) -> f(x), for any float x. Those without a parameter ignore it.
 
@@ -232,7 +234,7 @@ def sign(x: Tensor, name: str = "identity", parameter: float | None = None,
     if known.wave is not None:
         values = known.wave(_divided(values, unit), parameter).to(x.dtype)
     if not real:
-        values = torch.where(values >= 0, 1.0, -1.0).to(x.dtype)
+        values = signs(values).to(x.dtype)
     return straight_through(x, values, name, parameter, unit)
 
 
