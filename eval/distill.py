@@ -39,7 +39,8 @@ class Run:
     """One training.
 
     settings: KEY=VALUE of the recipe, with {glue}, {model}, ... for what the user's options name.
-    teacher: key of the run whose teacher it has; "": it trains its own.
+    teacher: key of the run whose teacher it has; "": it trains its own. after: key of the run whose
+    student teaches it and gives it its weights, as in BiT's chains; "": the teacher does.
     """
 
     study: str
@@ -47,19 +48,30 @@ class Run:
     recipe: str
     settings: dict[str, Any] = field(default_factory=dict)
     teacher: str = ""
+    after: str = ""
 
     @property
     def key(self) -> str:
         return f"{self.study}-{self.name}"
 
+    @property
+    def before(self) -> set[str]:
+        """The runs that have to be done before."""
+        return {self.teacher, self.after} - {""}
+
+    def student(self, work: Path) -> Path:
+        """Return where the recipe keeps the student in training."""
+        return work / self.key / self.settings["scheme"].replace("+", "-") / "model"
+
 
 def _runs() -> dict[str, Run]:
     runs: list[Run] = []
 
-    def study(name: str, recipe: str, common: dict[str, Any], students: dict[str, dict[str, Any]]
-              ) -> None:
+    def study(name: str, recipe: str, common: dict[str, Any], students: dict[str, dict[str, Any]],
+              after: dict[str, str] | None = None) -> None:
         runs.append(Run(name, "teacher", recipe, common | {"scheme": ""}))
-        runs.extend(Run(name, student, recipe, common | own, f"{name}-teacher")
+        runs.extend(Run(name, student, recipe, common | own, f"{name}-teacher",
+                        f"{name}-{after[student]}" if after and student in after else "")
                     for student, own in students.items())
 
     def glue(task: str) -> dict[str, Any]:
@@ -70,10 +82,14 @@ def _runs() -> dict[str, Run]:
     study("sst2", "glue", glue("sst2"), {
         "w1a8-0": {"scheme": "w1a8"}, "w1a1-0": w1a1, "w1a1+estimators-0": estimators,
         "w1.58a8-0": {"scheme": "w1.58a8"}, "w1a16-0": {"scheme": "w1a16"},
-        "w1a1-1": w1a1 | {"seed": 1}, "w1a1+estimators-1": estimators | {"seed": 1},
-        "w1a8-1": {"scheme": "w1a8", "seed": 1}})
+        "w1a8-1": {"scheme": "w1a8", "seed": 1}, "w1a1-1": w1a1 | {"seed": 1},
+        "w1a1+estimators-1": estimators | {"seed": 1},
+        "w1a1-direct-0": w1a1 | {"epochs": 2}},  # without the step between: as many steps in all
+        {f"{name}-{seed}": f"w1a8-{seed}" for name in ("w1a1", "w1a1+estimators")
+         for seed in (0, 1)})
     for task in ("mrpc", "cola", "stsb"):
-        study(task, "glue", glue(task), {"w1a8-0": {"scheme": "w1a8"}, "w1a1-0": w1a1})
+        study(task, "glue", glue(task), {"w1a8-0": {"scheme": "w1a8"}, "w1a1-0": w1a1},
+              {"w1a1-0": "w1a8-0"})
     # TBT against what it is compared with: BWN and TWN weights, and steps from the range of values.
     plain = {"weights": "baseline", "placement": "minmax"}
     pairs = {"w1.58a2": {"scheme": "w1.58a2"}, "w1a1": w1a1}
@@ -90,7 +106,8 @@ def _runs() -> dict[str, Run]:
         runs.append(Run("rates", f"teacher-{factor:g}", "glue",
                         few | {"scheme": "", "teacher.lr": f"{factor * 5e-5:g}"}))
         runs.extend(Run("rates", f"{scheme}-{factor:g}", "glue", few | {
-            "scheme": scheme, "lr": f"{factor * 5e-4:g}", "epochs": 1}, "sst2-teacher")
+            "scheme": scheme, "lr": f"{factor * 5e-4:g}"}, "sst2-teacher",
+            "sst2-w1a8-0" if scheme.startswith("w1a1") else "")
             for scheme in ("w1a8", "w1.58a8", "w1a1", "w1a1+estimators"))
     return {run.key: run for run in runs}
 
@@ -107,7 +124,8 @@ def perform(run: Run, options: argparse.Namespace) -> None:
         return
     out = options.work / run.key
     teacher = options.work / (run.teacher or run.key) / "teacher" / "model"
-    if run.teacher and not (teacher / "config.json").is_file():
+    first = RUNS[run.after].student(options.work) if run.after else teacher
+    if run.teacher and not (first / "config.json").is_file():
         print(f"{run.key}: its teacher is not there yet", flush=True)
         return
     options.work.mkdir(parents=True, exist_ok=True)
@@ -119,7 +137,9 @@ def perform(run: Run, options: argparse.Namespace) -> None:
             given = {key: str(value).format_map(_Paths(options))
                      for key, value in run.settings.items()}
             if run.teacher:
-                given["teacher.model"] = str(teacher)
+                given["teacher.model"] = str(first)
+            if run.after:
+                given["student"] = str(teacher)
             _bitlm("distill", run.recipe, *(f"{key}={value}" for key, value in given.items()),
                    f"out={out}")
             save(target, run, out, given, evaluated(run, out, teacher, given))
@@ -167,7 +187,8 @@ def save(target: Path, run: Run, out: Path, given: dict[str, str], scores: dict[
     """Write a run's result: scores, cost and settings; paths by their last part."""
     trained = json.loads((out / "result.json").read_text("utf-8"))
     named = _named(given)
-    data = {"run": run.key, "study": run.study, "name": run.name, "machine": cpu_model(),
+    data = {"run": run.key, "study": run.study, "name": run.name, "after": run.after,
+            "machine": cpu_model(),
             "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
             "command": shlex.join(["bitlm", "distill", run.recipe, *(
                 f"{key}={value}" for key, value in named.items())]),
@@ -211,7 +232,9 @@ def main() -> None:
         if not options.study or not options.work:
             parser.error("name studies and --work, or use --list or --tables")
         chosen = [run for key, run in RUNS.items() if {key, run.study} & set(options.study)]
-        needed = {run.teacher for run in chosen} | {run.key for run in chosen}
+        needed = {run.key for run in chosen}
+        for key in reversed(RUNS):  # what a run needs stands before it
+            needed |= RUNS[key].before if key in needed else set()
         work([key for key in RUNS if key in needed], options)
 
 
@@ -233,12 +256,14 @@ def tables(folder: Path) -> str:
     """Return the results of all studies as Markdown, a table a study."""
     found = [json.loads((folder / f"{key}.json").read_text("utf-8")) for key in RUNS
              if (folder / f"{key}.json").is_file()]
-    return "\n\n".join(table([each for each in found if each["study"] == study])
+    seconds = {each["run"]: sum(stage["seconds"] for stage in each["stages"].values())
+               for each in found}
+    return "\n\n".join(table([each for each in found if each["study"] == study], seconds)
                        for study in dict.fromkeys(each["study"] for each in found))
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Return one study as Markdown: a row for each run."""
+def table(results: list[dict[str, Any]], seconds: dict[str, float]) -> str:
+    """Return one study as Markdown: a row for each run, with the time of the one before it too."""
     metrics = [name for name in results[0]["evaluated"]["metrics"] if name in SHOWN]
     lines = [f"| {results[0]['study']} | " + " | ".join(metrics)
              + " | to the teacher | same predictions | MiB | minutes |",
@@ -252,12 +277,12 @@ def table(results: list[dict[str, Any]]) -> str:
                 shown(metric, {"value": scores[metric]}) for metric in metrics) + " | | | | |")
         difference = own.get("difference", {}).get(headline)
         size = (result["packed"] or {}).get("bytes")
-        seconds = sum(stage["seconds"] for stage in result["stages"].values())
+        took = seconds[result["run"]] + seconds.get(result.get("after", ""), 0)
         lines.append(f"| {result['name']} | " + " | ".join(
             shown(metric, own["metrics"][metric]) for metric in metrics) + " | "
             + (shown(headline, difference, sign=True) if difference else "") + " | "
             + (f"{own['agreement']:.1%}" if own.get("agreement") is not None else "") + " | "
-            + (f"{size / 2**20:.1f}" if size else "") + f" | {seconds / 60:.0f} |")
+            + (f"{size / 2**20:.1f}" if size else "") + f" | {took / 60:.0f} |")
     return "\n".join(lines)
 
 
