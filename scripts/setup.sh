@@ -5,9 +5,22 @@
 ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export TOKENIZERS_PARALLELISM=false
 
+# The CUDA kernels are for the cards of this machine; without one nobody could run them. A plain
+# `pip install .` builds them for all cards wherever there is an nvcc.
+_cuda_settings() {
+    local cards
+    cards=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null) || cards=""
+    if [[ $cards =~ ^[0-9] ]]; then
+        cards=$(tr -d '. ' <<< "$cards" | sort -un | paste -sd ';')
+        echo "cmake.define.BITLM_CUDA_ARCHITECTURES=$cards"
+    else
+        echo "cmake.define.BITLM_CUDA=OFF"
+    fi
+}
+
 # What the installation depends on, the place included: a virtual environment cannot be moved.
 _wanted() {
-    { echo "$ROOT"; cat -- "$ROOT/pyproject.toml" "$ROOT/bitlm_autoload.py" \
+    { echo "$ROOT"; _cuda_settings; cat -- "$ROOT/pyproject.toml" "$ROOT/bitlm_autoload.py" \
         "$ROOT/scripts/constraints.txt" "$ROOT"/bitlm/native/*; } | cksum
 }
 
@@ -60,7 +73,7 @@ _install() {
     rm -f -- "$ROOT/.venv/.bitlm-installed"
     _environment || exit
     if ! (cd -- "$ROOT" && PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install \
-        -c scripts/constraints.txt -e ".[test,eval]") &> "$log"
+        -c scripts/constraints.txt -C "$(_cuda_settings)" -e ".[test,eval]") &> "$log"
     then
         tail -n 40 -- "$log" >&2
         echo "bitlm: pip could not install it; all it said is in $log" >&2

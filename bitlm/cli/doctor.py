@@ -55,7 +55,8 @@ def examine() -> dict[str, Any]:
         "bitlm": version(), "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "platform": platform.platform(),
         "cpu": cpu_model(), "threads": threads(), "huge pages": huge_pages(), **_native(facts),
-        "autoload hook": autoload_state(), "cuda": _cuda(), "kernels": facts.get("kernels") or [],
+        "autoload hook": autoload_state(), "cuda": _cuda(),
+        "CUDA kernels": _cuda_kernels(), "kernels": facts.get("kernels") or [],
         "forms": forms(bool(facts["library"])),
     }
 
@@ -151,7 +152,18 @@ def _cuda() -> str:
     if not torch.cuda.is_available():
         return "not available" + ("" if torch.version.cuda else " (torch is a CPU build)")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{', '.join(names)} (CUDA {torch.version.cuda}); packed layers use the reference there"
+    return f"{', '.join(names)} (CUDA {torch.version.cuda})"
+
+
+def _cuda_kernels() -> str:
+    """Return the CUDA library and what it is for, or why packed layers use the reference there."""
+    from ..ops import cuda
+
+    facts = cuda.describe()
+    if not facts["library"]:
+        return f"none: {facts['reason']}"
+    return (f"{facts['library']}, machine code for {facts['architectures']}; native: "
+            f"{facts['native']}; reference: {', '.join(facts['reference'])}")
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,7 @@
 
 #include "cpu_pool.h"
 #include "layout.h"
+#include "trits.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "bytes of codes are joined into integers in little-endian order"
@@ -97,23 +98,6 @@ void write_row(uint8_t* row, int64_t first_column, const Piece* pieces, int coun
 }
 
 // ---- Base 3 ------------------------------------------------------------------------------------
-
-// Five digits as a number, the first one the highest, and as bits: digit t is 1 where bit t is set,
-// 2 where bit 5 + t is.
-struct TritTables {
-  uint16_t bits[256];
-  uint8_t number[1024];
-  constexpr TritTables() : bits(), number() {
-    const int powers[5] = {81, 27, 9, 3, 1};
-    for (int byte = 0; byte < 256; byte++) {
-      for (int t = 0; t < 5; t++) {
-        int digit = byte / powers[t] % 3;
-        bits[byte] |= static_cast<uint16_t>((digit == 1) << t | (digit == 2) << (5 + t));
-      }
-    }
-    for (int byte = 0; byte < 243; byte++) number[bits[byte]] = static_cast<uint8_t>(byte);
-  }
-};
 
 constexpr TritTables trits;
 

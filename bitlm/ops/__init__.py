@@ -1,7 +1,7 @@
 """`torch.ops.bitlm.*`: one schema and one fake per op; each backend registers its implementation.
 
-The reference (`reference.py`) is registered for every device; `cpu.py` takes over on the CPU and
-says why when it hands a form back.
+The reference (`reference.py`) is registered for every device; `cpu.py` and `cuda.py` take over on
+theirs and say why when they hand a form back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .form import parse
 
 # `activation` is how x is rounded and `step` the step of its levels: see rounding.rounded.
@@ -33,6 +33,7 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 _library.define(PREPARED_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
 cpu.register(_library, PREPARED_LINEAR)
+cuda.register(_library)
 
 
 @register_fake("bitlm::packed_linear")

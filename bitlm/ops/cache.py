@@ -19,19 +19,8 @@ from .form import Form, check, parse
 from .prepare import prepare
 
 
-class Prepared:
-    """A prepared weight (prepare.py) and the tensors that it stands for, which it does not keep."""
-
-    def __init__(self, form: Form, tensors: Sequence[Tensor]) -> None:
-        problems = check(form, {n: tuple(t.shape) for n, t in zip(form.names, tensors)},
-                         {n: t.dtype for n, t in zip(form.names, tensors)})
-        if problems:
-            raise RuntimeError("; ".join(problems))
-        self.form = form
-        self.order = library.native().bitlm_cpu_order()
-        tune.ensure(library.instruction_set())
-        self.blob, self.origins = prepare(form, tensors, self.order, torch.get_num_threads())
-        self.remember(tensors)
+class OfTensors:
+    """Something that was made from tensors and stands for them, without keeping them."""
 
     def remember(self, tensors: Sequence[Tensor]) -> None:
         """Take these for the tensors that it was made from."""
@@ -49,6 +38,18 @@ class Prepared:
                     own.data_ptr() != address or tensor.shape != own.shape:
                 return False
         return True
+
+
+class Prepared(OfTensors):
+    """A prepared weight (prepare.py) and the tensors that it stands for."""
+
+    def __init__(self, form: Form, tensors: Sequence[Tensor]) -> None:
+        must_fit(form, tensors)
+        self.form = form
+        self.order = library.native().bitlm_cpu_order()
+        tune.ensure(library.instruction_set())
+        self.blob, self.origins = prepare(form, tensors, self.order, torch.get_num_threads())
+        self.remember(tensors)
 
 
 _known: dict[int, Prepared] = {}  # by the address of the first tensor
@@ -86,6 +87,14 @@ def _forget(address: int, entry: weakref.ref[Prepared]) -> None:
     found = entry()
     if found is not None and _known.get(address) is found:
         del _known[address]
+
+
+def must_fit(form: Form, tensors: Sequence[Tensor]) -> None:
+    """Raise RuntimeError naming every tensor that does not fit the form."""
+    problems = check(form, {n: tuple(t.shape) for n, t in zip(form.names, tensors)},
+                     {n: t.dtype for n, t in zip(form.names, tensors)})
+    if problems:
+        raise RuntimeError("; ".join(problems))
 
 
 def version(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled library; says why when there is none."""
+"""Finds and loads the compiled libraries; says why when there is none."""
 
 from __future__ import annotations
 
@@ -11,13 +11,27 @@ from pathlib import Path
 
 from . import structs
 
-ABI_VERSION = 2
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "amx")
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _PREFIX = "" if sys.platform == "win32" else "lib"
-# Of every function that is called: its result and its arguments (native/bitlm.h).
-_FUNCTIONS = {
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A library's interface: its version, and of every function the result and the arguments.
+
+    missing: why there may be no such library.
+    """
+
+    version: int
+    version_function: str
+    functions: dict[str, tuple]
+    missing: str
+
+
+_LAUNCH = (c_int, c_void_p, c_void_p)  # a struct and a stream
+CPU = Interface(2, "bitlm_abi_version", {  # native/bitlm.h
     "bitlm_cpu_instruction_set": (c_char_p,),
     "bitlm_cpu_order": (c_int,),
     "bitlm_cpu_limit_instruction_set": (c_int, c_int),
@@ -31,7 +45,18 @@ _FUNCTIONS = {
     "bitlm_torch_register": (c_int, c_void_p, c_char_p, c_char_p),
     "bitlm_salient": (c_int64, c_void_p, c_void_p, c_int64, POINTER(structs.Shape), c_void_p,
                       c_void_p),
-}
+}, "there is no compiled library beside the package; reinstall bitlm on a machine with a C++17 "
+   "compiler")
+CUDA = Interface(1, "bitlm_cuda_abi_version", {  # native/bitlm_cuda.h
+    "bitlm_cuda_stage": _LAUNCH,
+    "bitlm_cuda_product_launch": _LAUNCH,
+    "bitlm_cuda_combine_launch": _LAUNCH,
+    "bitlm_cuda_salient_launch": _LAUNCH,
+    "bitlm_cuda_rows_launch": _LAUNCH,
+    "bitlm_cuda_error_name": (c_char_p, c_int),
+    "bitlm_cuda_error_text": (c_char_p, c_int),
+    "bitlm_cuda_architectures": (c_char_p,),
+}, "there is no compiled CUDA library beside the package; reinstall bitlm on a machine with nvcc")
 
 
 @dataclass(frozen=True)
@@ -46,19 +71,24 @@ class Loaded:
 @cache
 def load(name: str = "bitlm_cpu") -> Loaded:
     """Load the library `name` that lies beside the package; never raises."""
+    interface = CUDA if name == "bitlm_cuda" else CPU
     path = _find(f"{_PREFIX}{name}{_SUFFIX}")
     if path is None:
-        return Loaded(None, None, "there is no compiled library beside the package; reinstall "
-                                  "bitlm on a machine with a C++17 compiler")
+        return Loaded(None, None, interface.missing)
+    return load_file(path, interface)
+
+
+def load_file(path: Path, interface: Interface) -> Loaded:
+    """Load a library of this interface; never raises."""
     try:
         library = ctypes.CDLL(str(path))
-        version = library.bitlm_abi_version()
+        version = getattr(library, interface.version_function)()
     except (OSError, AttributeError) as error:
         return Loaded(None, path, f"{path} cannot be loaded ({error}); reinstall bitlm")
-    if version != ABI_VERSION:
+    if version != interface.version:
         return Loaded(None, path, f"{path} has interface version {version}, this bitlm needs "
-                                  f"{ABI_VERSION}; reinstall bitlm")
-    for function, (result, *arguments) in _FUNCTIONS.items():
+                                  f"{interface.version}; reinstall bitlm")
+    for function, (result, *arguments) in interface.functions.items():
         getattr(library, function).restype = result
         getattr(library, function).argtypes = arguments
     return Loaded(library, path, None)

@@ -20,59 +20,59 @@ ALIGNMENT = 64
 LIST_BYTES = 128  # a unit of bitlm_list's entries
 
 
-def _fields(names: str, kind: type) -> list[tuple[str, type]]:
+def fields(names: str, kind: type) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
 class Shape(Structure):
-    _fields_ = _fields("columns group_size groups words", c_int32)
+    _fields_ = fields("columns group_size groups words", c_int32)
 
 
 class Input(Structure):
-    _fields_ = [("shape", Shape), *_fields("scales columns", c_int64),
-                *_fields("source rank", c_int32)]
+    _fields_ = [("shape", Shape), *fields("scales columns", c_int64),
+                *fields("source rank", c_int32)]
 
 
 class Matrix(Structure):
-    _fields_ = [*_fields("codes scales row_scales", c_int64),
-                *_fields("scale_type kind bits trits rows input output", c_int32),
+    _fields_ = [*fields("codes scales row_scales", c_int64),
+                *fields("scale_type kind bits trits rows input output", c_int32),
                 ("factor", c_float)]
 
 
 class Dense(Structure):
-    _fields_ = [("values", c_int64), *_fields("type length input stage", c_int32)]
+    _fields_ = [("values", c_int64), *fields("type length input stage", c_int32)]
 
 
 class Projection(Structure):
-    _fields_ = [*_fields("values scales", c_int64), *_fields("type length columns stage", c_int32)]
+    _fields_ = [*fields("values scales", c_int64), *fields("type length columns stage", c_int32)]
 
 
 class List(Structure):
-    _fields_ = [*_fields("starts entries scales correction", c_int64),
-                *_fields("input reserved", c_int32)]
+    _fields_ = [*fields("starts entries scales correction", c_int64),
+                *fields("input reserved", c_int32)]
 
 
 class Sub(Structure):
-    _fields_ = [*_fields("rows columns row stages", c_int32),
-                *_fields("inputs matrices denses projections lists reserved", c_int32),
-                *_fields("input matrix dense projection list stage_lengths", c_int64)]
+    _fields_ = [*fields("rows columns row stages", c_int32),
+                *fields("inputs matrices denses projections lists reserved", c_int32),
+                *fields("input matrix dense projection list stage_lengths", c_int64)]
 
 
 class Weight(Structure):
     _fields_ = [("magic", c_uint64), ("bytes", c_int64),
-                *_fields("order experts parts rows columns", c_int32),
+                *fields("order experts parts rows columns", c_int32),
                 ("reserved", c_int32 * 7)]
 
 
 class Linear(Structure):
-    _fields_ = [*_fields("weight x bias y offsets step", c_void_p), ("tokens", c_int64),
-                *_fields("x_type bias_type y_type activation threads reserved", c_int32)]
+    _fields_ = [*fields("weight x bias y offsets step", c_void_p), ("tokens", c_int64),
+                *fields("x_type bias_type y_type activation threads reserved", c_int32)]
 
 
 class Codes(Structure):
     _fields_ = [("signs", c_void_p * MAX_BITS), ("mask", c_void_p), ("trits", c_void_p),
                 ("shape", Shape), ("rows", c_int64),
-                *_fields("order kind bits trits_in_memory", c_int32)]
+                *fields("order kind bits trits_in_memory", c_int32)]
 
 
 def shape(columns: int, group_size: int) -> Shape:

@@ -26,18 +26,19 @@ SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22
 PROMPT, PEER_TOKENS = 16, 16
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(shape: dict = SHAPE, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """Return the model with linear layers, head and embeddings at 1 bit, groups of 128."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+        model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
     config = hf.BitlmConfig("binary", embeddings="binary")
     for entry in make_plan(model, config.request).entries:
         tensors = {name: _random(dtype, shape) for name, (dtype, shape) in entry.tensors().items()}
-        install(model, entry.name, PackedWeight(tensors, entry.form, torch.float32))
+        install(model, entry.name, PackedWeight(tensors, entry.form, dtype))
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
-            module.weight = nn.Parameter(torch.ones(SHAPE["hidden_size"]), requires_grad=False)
+            module.weight = nn.Parameter(torch.ones(shape["hidden_size"], dtype=dtype),
+                                         requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     hf.attach(model, config)
     generation = model.generation_config

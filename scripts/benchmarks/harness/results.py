@@ -9,7 +9,7 @@ from typing import Any
 
 Block = dict[str, Any]
 
-_SAME = ("cpu", "family", "model", "flags", "instruction_set")
+_SAME = ("gpu", "cpu", "family", "model", "flags", "instruction_set")
 
 
 def load(path: Path) -> list[Block]:

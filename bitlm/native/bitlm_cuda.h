@@ -1,0 +1,153 @@
+// The C interface of bitlm's CUDA library: no torch, one struct per call, device pointers inside.
+//
+// A call launches one kernel on `stream`: it allocates nothing and waits for nothing, so it may be
+// captured in a graph. It returns a cudaError_t, 0 when the launch was accepted.
+#ifndef BITLM_CUDA_H
+#define BITLM_CUDA_H
+
+#include "bitlm.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define BITLM_CUDA_ABI_VERSION 1
+#define BITLM_CUDA_MAX_PASSES 9  // 8 planes and a shift
+
+// ---- Inputs: what codes are multiplied by --------------------------------------------------------
+// Rows of integers as bit planes. Each group of columns is cut into units of 128 columns, the last
+// unit of a group filled up with 0. x[k] ~ scale * integer[k] with a scale for each unit, the
+// integer in two's complement of 8 * digits bits; of BITLM_INT1 of 2 bits, of BITLM_INT2 of 4.
+//
+// words:  uint32 [units][rows][digits][8][4]: bit b of word [.., d, p, t] is bit 8d + p of the
+//         integer of column 32t + b of the unit. The next unit is unit_words further on.
+// sums:   fp32 [units][rows][digits == 3 ? 2 : 1][4]: minus the sums of the integers' bits 2t and
+//         2t + 1 of every digit (of digit 0, then of digits 1 and 2), divided by 2^32 4^t.
+// scales: fp32 [units][rows]: 2^8 times the scale; NaN where x has an infinity or NaN.
+typedef struct bitlm_cuda_input {
+  const void* x;           // [rows / rank][source_columns], of x_type
+  const void* multipliers; // [rank][columns] or null: multiply the columns
+  const int32_t* places;   // [columns] or null: which columns of x
+  const float* step;       // of the 1- and 2-bit activations, or null
+  uint32_t* words;
+  float* sums;
+  float* scales;
+  float* rounded;      // null, or fp32 [rows][columns]: x as the product sees it
+  int32_t x_type, multiplier_type;
+  int32_t source_columns;
+  int32_t columns, group_size, units;
+  int32_t group_units;  // units of each group but the last one
+  int32_t rank;         // rows of a token, one for each row of `multipliers`
+  int32_t rows;         // that exist; rows up to padded_rows are 0
+  int32_t padded_rows;
+  int32_t activation;   // bitlm_activation
+  int32_t digits;       // 1: int8, 1 and 2 bits; 2: int16, float of 16-bit types; 3: float of fp32
+  int32_t unit_words;
+  int32_t reserved;
+} bitlm_cuda_input;
+
+BITLM_API int bitlm_cuda_stage(const bitlm_cuda_input* input, void* stream);
+
+// ---- Products ------------------------------------------------------------------------------------
+
+// One term over the columns of an input: a plane of codes, or a shift (no codes). Tensors are those
+// of the file, of one part; with experts, of all of them.
+typedef struct bitlm_cuda_pass {
+  const uint8_t* signs;  // [rows, ceil(columns / 8)]
+  const uint8_t* mask;   // the same, of ternary codes, or null
+  const uint8_t* trits;  // [rows, ceil(columns / 5)] instead of both, or null
+  const uint8_t* zones;  // [rows, ceil(columns / 8)] or null
+  const uint8_t* drop;   // [rows, ceil(columns / 8)] or null: where 1, the weight is 0
+  const void* scales;    // [rows, groups], with zones [rows, 2 groups]; null: all 1
+  int32_t scale_type;
+  float factor;
+} bitlm_cuda_pass;
+
+// y[b, n] = sum over passes + addend[b, n] + bias[n]. The input's rows are tokens.
+typedef struct bitlm_cuda_product {
+  bitlm_cuda_input input;
+  bitlm_cuda_pass pass[BITLM_CUDA_MAX_PASSES];
+  void* y;              // [tokens][y_columns], of y_type
+  const float* addend;  // the same shape, or null; may be y
+  const void* bias;     // [rows], with experts [experts][rows], or null
+  const int32_t* offsets;  // [experts] ends of the experts' tokens, or null
+  int32_t count;  // how many of `pass`
+  int32_t rows;
+  int32_t y_columns, y_column;  // the rows' place in y
+  int32_t y_type, bias_type;
+  int32_t experts;
+  // Set by the caller from ops/cuda_table.py: tokens of a block, and whether the kernel stages its
+  // input itself (one token; then words, sums and scales of `input` are not read).
+  int32_t block_tokens, stages;
+  int32_t reserved;
+} bitlm_cuda_product;
+
+BITLM_API int bitlm_cuda_product_launch(const bitlm_cuda_product* call, void* stream);
+
+// ---- Other terms ---------------------------------------------------------------------------------
+
+// y[b, n] += sum_j row_scales[n, j] * products[b * rank + j, n], rank-k scales.
+typedef struct bitlm_cuda_combine {
+  const float* products;    // [tokens * rank][rows]
+  const void* row_scales;   // [rows, rank]
+  float* y;                 // [tokens][y_columns]
+  int32_t type;
+  int32_t tokens, rank, rows, y_columns, y_column;
+  int32_t add;  // 0: y is written, not added to
+  int32_t reserved;
+} bitlm_cuda_combine;
+
+BITLM_API int bitlm_cuda_combine_launch(const bitlm_cuda_combine* call, void* stream);
+
+// y[b, n] += scales[n] * sum_i (value_i - zeros[n]) * x[b, column of i] over a row's salient entries.
+typedef struct bitlm_cuda_salient {
+  const uint8_t* mask;     // [rows, ceil(columns / 8)]; null: every column of x is salient
+  const uint8_t* values;   // in row-major order of the set bits, or [rows, columns]
+  const int32_t* starts;   // [rows]: where a row's values begin; null without mask
+  const void* scales;      // [rows]
+  const uint8_t* zeros;    // [rows]
+  const float* x;          // [tokens][columns]
+  float* y;                // [tokens][y_columns]
+  int32_t type;
+  int32_t tokens, rows, columns, y_columns, y_column;
+  int32_t add;  // 0: y is written, not added to
+  int32_t reserved;
+} bitlm_cuda_salient;
+
+BITLM_API int bitlm_cuda_salient_launch(const bitlm_cuda_salient* call, void* stream);
+
+// Rows of the dense weight: out[i, :] = sum over passes of row ids[i] (first + i without ids), then
+// salient entries in their place, all times multipliers. Chains and low-rank terms are the caller's.
+// A row that is not one of the weight's is NaN.
+typedef struct bitlm_cuda_rows {
+  bitlm_cuda_pass pass[BITLM_CUDA_MAX_PASSES];
+  const int64_t* ids;           // [rows_out] or null
+  const uint8_t* salient_mask;  // as of bitlm_cuda_salient; null: none
+  const uint8_t* salient_values;
+  const int32_t* salient_starts;
+  const void* salient_scales;
+  const uint8_t* salient_zeros;
+  const void* multipliers;      // [columns] or null: input_scales
+  void* out;                    // [rows_out][columns], of out_type
+  int64_t rows_out, first;
+  int32_t count;  // how many of `pass`
+  int32_t rows, columns, group_size;
+  int32_t salient_type, multiplier_type, out_type;
+  int32_t reserved;
+} bitlm_cuda_rows;
+
+BITLM_API int bitlm_cuda_rows_launch(const bitlm_cuda_rows* call, void* stream);
+
+// ---- About the library ---------------------------------------------------------------------------
+
+BITLM_API int bitlm_cuda_abi_version(void);
+// The name of an error that a call returned, and what it means.
+BITLM_API const char* bitlm_cuda_error_name(int error);
+BITLM_API const char* bitlm_cuda_error_text(int error);
+// The architectures that the library holds machine code for, as "80 86 89 90".
+BITLM_API const char* bitlm_cuda_architectures(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,197 @@
+"""Packed linear layers on a GPU against cuBLAS (and gemlite, where it is installed).
+
+    scripts/bench cuda [--json eval/results/cuda.json]      # layers, then an 8B-shaped Llama
+    scripts/bench cuda --layers-only | --decode-only
+    scripts/bench cuda --tune                               # block_tokens and when to go dense
+    scripts/bench cuda --table eval/results/cuda.json       # what was measured before
+
+A layer is measured in a CUDA graph that calls it once for each of many copies of its weight, more
+than the L2 cache holds, between two events; engines take turns and medians count. Every result is
+compared with float64 first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from harness import results
+from harness.gpu import Graph, copy_bandwidth, describe
+from harness.gpu_layers import DTYPE, Layer, Work, engines
+from harness.gpu_llama import decode
+
+WORKS = [
+    *(Work("decode", *shape, 1) for shape in ((4096, 4096), (11008, 4096), (4096, 11008),
+                                              (28672, 8192), (8192, 28672))),
+    *(Work("ternary", 4096, 11008, 1, kinds=kinds) for kinds in (("ternary",), ("trits",))),
+    Work("planes", 4096, 4096, 1, kinds=("binary",) * 3),
+    *(Work("batch", 4096, 4096, batch) for batch in (2, 4, 8, 16, 32, 64)),
+    *(Work("batch", 28672, 8192, batch) for batch in (8, 16)),
+    *(Work("prefill", 4096, 4096, batch) for batch in (128, 256, 512, 2048, 8192)),
+    *(Work("int8", 4096, 11008, batch, activation="int8") for batch in (1, 16, 512)),
+    *(Work("one bit", 4096, 4096, batch, activation="int1") for batch in (1, 512)),
+]
+COPY_SHARE_FROM = 28 * 1024 * 1024  # bytes of packed weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers-only", action="store_true")
+    parser.add_argument("--decode-only", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="print what suits this card")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=128, help="of decoding")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print what FILE holds")
+    options = parser.parse_args()
+    if options.table:
+        print("\n\n".join(map(report, results.load(options.table))))
+        return
+    if not torch.cuda.is_available():
+        sys.exit("scripts/bench cuda needs a GPU that torch can use")
+    if options.tune:
+        print(tune(options.rounds))
+        return
+    block = {"machine": describe(), "settings": vars(options) | {"json": None, "table": None},
+             "groups": []}
+    bandwidth = copy_bandwidth()
+    block["machine"]["copy_gb_s"] = round(bandwidth / 1e9)
+    if not options.decode_only:
+        block["groups"] += [measure(work, options.rounds) for work in WORKS]
+    if not options.layers_only:
+        block["groups"].append(decode(options.tokens, options.rounds))
+    print(report(block))
+    if options.json:
+        results.save(options.json, block)
+
+
+def measure(work: Work, rounds: int) -> dict:
+    """Return the microseconds of every engine of a work, in rounds of turns."""
+    layer = Layer(work)
+    runs: dict[str, Graph] = {}
+    errors, missing = {}, {}
+    for name, calls in engines(layer).items():
+        if isinstance(calls, str):
+            missing[name] = calls
+            continue
+        errors[name] = layer.error(calls[0]())
+        runs[name] = Graph(calls)
+    times = take_turns({name: graph.microseconds for name, graph in runs.items()}, rounds)
+    group = {"name": work.name, "weight_bytes": layer.bytes,
+             "engines": [{"engine": name, "batch": work.tokens, "error": errors[name],
+                          "us": [round(us, 2) for us in values]} for name, values in times.items()]}
+    return group | ({"missing": missing} if missing else {})
+
+
+def take_turns(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(run())
+    return times
+
+
+def tune(rounds: int) -> str:
+    """Return the best settings of ops/cuda_table.py for this card, one line each."""
+    from bitlm.ops import cuda_table
+
+    lines = []
+    for tokens in (1, 2, 3, 4, 6, 8, 16, 32, 64):
+        layer = Layer(Work("tune", 4096, 4096, tokens))
+        times = {}
+        for own in (1, 2, 4, 8):
+            cuda_table.block_tokens = lambda _, own=own: own
+            graph = Graph(engines(layer)["bitlm"])
+            times[own] = statistics.median(graph.microseconds() for _ in range(rounds))
+        best = min(times, key=times.get)
+        shown = ", ".join(f"{own}: {us:.2f} us" for own, us in times.items())
+        lines.append(f"{tokens} tokens: block_tokens {best} ({shown})")
+    cuda_table.block_tokens = lambda _: 8
+    for tokens in (64, 96, 128, 192, 256, 384, 512):
+        layer = Layer(Work("tune", 4096, 4096, tokens))
+        times = {}
+        for name, limit in (("bits", 1 << 30), ("dense", 1)):
+            cuda_table.DENSE_TOKENS = limit
+            graph = Graph(engines(layer)["bitlm"])
+            times[name] = statistics.median(graph.microseconds() for _ in range(rounds))
+        lines.append(f"{tokens} tokens: " + ", ".join(f"{n} {us:.1f} us" for n, us in
+                                                      times.items()))
+    return "\n".join(lines)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def report(block: results.Block) -> str:
+    """Return one machine's results as Markdown."""
+    machine = block["machine"]
+    copy = machine["copy_gb_s"]
+    rows = [f"### {machine['gpu']}, torch {machine['torch']}, copies at {copy} GB/s", "",
+            "| work | engine | us | against cuBLAS | share of a copy's bandwidth | error |",
+            "|---|---|---|---|---|---|"]
+    for group in block["groups"]:
+        medians = {e["engine"]: statistics.median(e["us"]) for e in group["engines"]}
+        peer = medians.get(f"cuBLAS {DTYPE}") or medians.get("dense bf16")
+        for engine in group["engines"]:
+            name, us = engine["engine"], medians[engine["engine"]]
+            share = ""
+            if name == "bitlm" and group.get("weight_bytes", 0) >= COPY_SHARE_FROM:
+                share = f"{group['weight_bytes'] / us / 1e3 / copy:.0%}"
+            error = f"{engine['error']:.1e}" if "error" in engine else ""
+            rows.append(f"| {group['name']} | {name} | {us:.2f} | "
+                        f"{peer / us:.2f} x | {share} | {error} |")
+        rows += [f"| {group['name']} | {name} | - | {why} | | |"
+                 for name, why in group.get("missing", {}).items()]
+    return "\n".join([*rows, "", *targets(block)])
+
+
+def targets(block: results.Block) -> list[str]:
+    """Return whether each target is met, as a table."""
+    median = {(g["name"], e["engine"]): statistics.median(e["us"])
+              for g in block["groups"] for e in g["engines"]}
+    sizes = {g["name"]: g.get("weight_bytes", 0) for g in block["groups"]}
+    copy = block["machine"]["copy_gb_s"]
+
+    def name(*work: object) -> str:
+        return Work(*work).name
+
+    def ours(work: str) -> float | None:
+        return median.get((work, "bitlm"))
+
+    def against(work: str) -> float | None:
+        own = ours(work)
+        return own and median[work, f"cuBLAS {DTYPE}"] / own
+
+    big, square = name("decode", 28672, 8192, 1), name("decode", 4096, 4096, 1)
+    sixteen = name("batch", 4096, 4096, 16)
+    own, batch = ours(square), ours(sixteen)
+    rows = [
+        ("share of a copy's bandwidth, 28672x8192", ">= 70 %", ours(big) and
+         sizes[big] / ours(big) / 1e3 / copy * 100, 70, False),
+        ("4096x4096 in a graph", "<= 4 us", own, 4, True),
+        ("4096x11008 against cuBLAS", ">= 4 x", against(name("decode", 4096, 11008, 1)), 4, False),
+        ("28672x8192 against cuBLAS", ">= 8 x", against(big), 8, False),
+        ("batch 16 against batch 1", "<= 1.5 x", own and batch and batch / own, 1.5, True),
+        ("prefill 256 against cuBLAS", ">= 1 x", against(name("prefill", 4096, 4096, 256)), 1,
+         False),
+        ("prefill 2048 against cuBLAS", ">= 0.9 x", against(name("prefill", 4096, 4096, 2048)),
+         0.9, False),
+    ]
+    decoding = median.get(("Llama 8B, one token", "bitlm"))
+    rows.append(("decoding against dense bf16", ">= 3 x", decoding and
+                 median["Llama 8B, one token", "dense bf16"] / decoding, 3, False))
+    lines = ["| target | | reached | |", "|---|---|---|---|"]
+    for what, wanted, reached, limit, at_most in rows:
+        if reached is not None:
+            met = reached <= limit if at_most else reached >= limit
+            verdict = "yes" if met else "**missed**"
+            lines.append(f"| {what} | {wanted} | {reached:.2f} | {verdict} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

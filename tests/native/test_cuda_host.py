@@ -1,0 +1,315 @@
+"""The CUDA kernels and their binding on the host: cuda_emulation.h stands for the GPU.
+
+The same sources, launches and Python as on a GPU, on tensors in host memory, against the reference.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitlm.ops import cuda, cuda_table, library, reference
+from bitlm.ops.structs import ACTIVATIONS
+from tests.native import cuda_host
+from tests.native.test_kernel import (
+    FLOATS,
+    PLANES,
+    SIZES,
+    TOLERANCES,
+    cases,
+    error,
+    example,
+    expected,
+    prepared,
+)
+from tests.ops import plain
+from tests.ops.test_reference import TERMS
+from tests.weights import random_weight
+
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None,
+                                reason="there is no g++ to build the emulated GPU with")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    loaded = cuda_host.build(tmp_path_factory.mktemp("cuda"))
+    assert loaded.reason is None
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def kernels(emulated, monkeypatch):
+    """Let the binding launch on the host, and see that nothing is handed back unasked."""
+    load = library.load
+    monkeypatch.setattr(library, "load", lambda name="bitlm_cpu":
+                        emulated if name == "bitlm_cuda" else load(name))
+    monkeypatch.setattr(cuda, "handed_back", {})
+    yield emulated.library
+    emulated.library.bitlm_cuda_emulate_backwards(0)
+
+
+def native(x, tensors, form, *args) -> Tensor:
+    y = cuda.packed_linear(x, tensors, form.text, *args)
+    assert not cuda.handed_back
+    return y
+
+
+def test_grid(kernels):
+    for seed, case in enumerate(cases(70, seed=5)):
+        kernels.bitlm_cuda_emulate_backwards(seed % 2)
+        form, tensors, x, bias, exact = prepared(seed + 1000, case)
+        x = x[:20]  # batches of 128 would only take longer
+        y, exact = native(x, tensors, form, bias), exact[:20]
+        few = form.rows < 16
+        assert error(y.view(1, -1) if few else y, exact.view(1, -1) if few else exact) < 1e-5, case
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_term(activation: str):
+    # All of them in float; in the other modes a third of them, not the same in each.
+    start, step = (0, 1) if activation == "float" else (ACTIVATIONS.index(activation) % 3, 3)
+    for seed in range(start, len(TERMS) * len(PLANES), step):
+        form, tensors, x, bias, ends = example(seed)
+        if "chain0.left" in form.names and activation in ("int1", "int2"):
+            continue  # sums of signs are often 0, where these levels jump
+        if form.experts and not _simple(form):
+            continue
+        y = native(x, tensors, form, bias, ends, activation)
+        wrong = error(y.view(1, -1), expected(seed, activation).view(1, -1))
+        assert wrong < TOLERANCES.get(activation, 1e-5), (form, wrong)
+
+
+def _simple(form) -> bool:
+    return cuda.unsupported(form, torch.float32) is None
+
+
+# Widths and groups of each way to read codes: 16 bytes a load, or words of bits anywhere.
+@pytest.mark.parametrize("columns, group", [(1280, 128), (640, 256), (384, None), (1152, 384),
+                                            (896, 64), (250, 250), (96, 32)])
+@pytest.mark.parametrize("kinds", [("binary",), ("ternary",), ("trits", "binary")])
+def test_every_batch_and_dtype(columns: int, group: int | None, kinds: tuple[str, ...]):
+    form, tensors = random_weight(37, columns, group, kinds, shift=True)
+    for batch, dtype in itertools.product((1, 2, 3, 8, 9), FLOATS):
+        x, bias = torch.randn(batch, columns).to(dtype), torch.randn(37)
+        y = native(x, tensors, form, bias)
+        exact = reference.packed_linear(x.double(), tensors, form.text, bias)
+        assert y.dtype == dtype and y.shape == (batch, 37)
+        # The rounding of the result to `dtype`, and what 16 bits of x cost where it has 16.
+        rounding = torch.finfo(dtype).eps * 0.51 + 1e-6
+        noise = (1e-5 if dtype == torch.float32 else 2e-4) * exact.norm(dim=-1, keepdim=True)
+        assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise / 37 ** 0.5).all()
+
+
+def test_float_mode_of_16_bits_is_far_below_their_own_rounding():
+    form, tensors = random_weight(64, 1024, 128, ("binary",), scales=torch.float32)
+    for dtype, batch in itertools.product((torch.float16, torch.bfloat16), (1, 5)):
+        x = torch.randn(batch, 1024).to(dtype)
+        x[:, ::97] *= 50  # as activations of language models are
+        exact = reference.packed_linear(x.double(), tensors, form.text)
+        assert error(_in_fp32(x, form, tensors), exact) < 2e-4
+
+
+def _in_fp32(x: Tensor, form, tensors) -> Tensor:
+    """Return a product of 16-bit inputs before it is rounded to their dtype."""
+    part = cuda.terms(form.text, tensors).parts[0]
+    call = cuda._Call(cuda.terms(form.text, tensors), {}, x, 0, None)
+    y = torch.full((len(x), form.rows), float("nan"))
+    call._product(part.products[0], y, 0)
+    return y
+
+
+def test_tokens_do_not_depend_on_the_batch():
+    form, tensors = random_weight(70, 896, 128, ("binary", "ternary"), shift=True)
+    for activation, dtype in itertools.product(("float", "int8", "int1"), FLOATS):
+        x = torch.randn(17, 896).to(dtype)
+        whole = native(x, tensors, form, None, None, activation)
+        for token in (0, 7, 16):
+            one = native(x[token], tensors, form, None, None, activation)
+            assert torch.equal(one, whole[token])
+
+
+def test_a_block_may_stage_its_token_or_not(monkeypatch):
+    for kinds, columns in ((("binary",), 768), (("trits",), 300)):
+        form, tensors = random_weight(40, columns, 128, kinds)
+        x = torch.randn(1, columns)
+        for activation in ACTIVATIONS:
+            alone = native(x, tensors, form, None, None, activation)
+            with monkeypatch.context() as patch:
+                patch.setattr(cuda_table, "MOST_STAGING_BYTES", 0)
+                assert torch.equal(native(x, tensors, form, None, None, activation), alone)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_many_tokens_are_multiplied_by_dense_pieces(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(cuda_table, "DENSE_TOKENS", 6)
+    monkeypatch.setattr(cuda_table, "DENSE_PIECE_BYTES", 0)
+    for columns, kinds in ((256, ("binary", "ternary")), (250, ("trits",))):
+        form, tensors = random_weight(300, columns, 64, kinds, shift=True)
+        x, bias = torch.randn(2, 3, columns).to(dtype), torch.randn(300)
+        y = native(x, tensors, form, bias)
+        weight = reference.dequantize(tensors, form.text, dtype)
+        exact = torch.nn.functional.linear(x, weight, bias.to(dtype))
+        assert torch.allclose(y, exact, rtol=1e-2, atol=0.1)
+        full = reference.packed_linear(x.double(), tensors, form.text, bias)
+        assert (y - full).norm() < 2 * torch.finfo(dtype).eps * full.norm()
+
+
+def test_experts(kernels):
+    for kinds, group in ((("binary",), 128), (("mask", "trits"), 32)):
+        kinds = tuple({"binary": "signs"}.get(kind, kind) for kind in kinds)
+        form, named = plain.example(kinds, ("shift",), 40, 256, group, experts=4)
+        tensors, bias = list(named.values()), torch.randn(4, 40)
+        for ends in ([0, 0, 0, 0], [3, 3, 9, 20], [20, 20, 20, 20], [1, 2, 3, 4], [5, 11, 11, 18]):
+            kernels.bitlm_cuda_emulate_backwards(ends[0] % 2)
+            offsets = torch.tensor(ends, dtype=torch.int32)
+            x = torch.randn(20, 256)
+            y = native(x, tensors, form, bias, offsets)
+            exact = reference.packed_linear(x.double(), tensors, form.text, bias, offsets)
+            assert torch.allclose(y.double(), exact, atol=1e-4)
+            assert not y[ends[-1]:].any()
+
+
+@pytest.mark.parametrize("activation", ("int2", "uint2", "int1", "uint1"))
+def test_steps(activation: str):
+    form, tensors = random_weight(83, 300, 64, ("ternary",), shift=True)
+    for batch, step in itertools.product((1, 6), (torch.tensor(0.7), torch.tensor([0.0]))):
+        x = torch.randn(batch, 300)
+        y = native(x, tensors, form, None, None, activation, step)
+        exact = reference.packed_linear(x, tensors, form.text, None, None, activation, step)
+        assert (y - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("scale", (0.0, 1e-28, 1e29, 1e36))
+@pytest.mark.parametrize("activation", ("float", "int8"))
+def test_small_and_huge_inputs(scale: float, activation: str):
+    form, tensors = random_weight(64, 256, 128, ("binary",), scales=torch.float32)
+    x = torch.randn(2, 256).clamp(-3, 3) * scale
+    exact = reference.packed_linear(x.double(), tensors, form.text, None, None, activation)
+    y = native(x, tensors, form, None, None, activation)
+    tolerance = TOLERANCES.get(activation, 1e-5)
+    assert y.isfinite().all()
+    assert (y.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_token_with_an_infinity_or_nan_is_nan(value: float, activation: str):
+    form, tensors = random_weight(70, 256, 64, ("ternary",))
+    x = torch.randn(5, 256)
+    x[3, 77] = value
+    for step in (None, torch.tensor(0.5)):
+        y = native(x, tensors, form, None, None, activation, step)
+        assert y[3].isnan().all()
+        assert y[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_shapes_and_strides():
+    form, tensors = random_weight(70, 96, 32, ("binary",))
+    strided = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in tensors]
+    for x in (torch.randn(96), torch.randn(2, 3, 96), torch.randn(96, 5).t(),
+              torch.randn(4, 192)[:, ::2], torch.randn(1, 96).expand(5, 96), torch.randn(0, 96),
+              torch.randn(2, 0, 96)):
+        exact = reference.packed_linear(x, tensors, form.text)
+        for given in (tensors, strided):
+            y = native(x, given, form)
+            assert y.shape == exact.shape and torch.allclose(y, exact, atol=1e-4)
+
+
+def test_the_rounding_of_ties_is_that_of_the_reference():
+    form, tensors = random_weight(16, 128, 128, ("binary",))
+    x = (torch.arange(128) - 64) / 2.0
+    x[0] = 127.0  # a scale of 1: every second value lies between two integers
+    y = native(x, tensors, form, None, None, "int8")
+    assert torch.allclose(y, reference.packed_linear(x, tensors, form.text, None, None, "int8"))
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def test_rows_and_dense_weights():
+    for seed, (terms, codes) in enumerate(itertools.product(TERMS, PLANES)):
+        ratio, parts, experts, rows, columns, group = SIZES[seed % len(SIZES)]
+        form, named = plain.example(codes, terms, rows, columns, group, ratio, parts, experts)
+        tensors = list(named.values())
+        ids = torch.tensor([[0, form.rows - 1], [rows // 2, 0]])
+        for dtype in (torch.float32, torch.float16):
+            dense = cuda.dequantize(tensors, form.text, dtype)
+            exact = reference.dequantize(tensors, form.text, torch.float64)
+            assert dense.dtype == dtype and dense.shape == exact.shape
+            atol = 4 * torch.finfo(dtype).eps * exact.abs().max()
+            assert torch.allclose(dense.double(), exact, rtol=0, atol=atol), (terms, codes)
+            if parts == 1 and not experts:
+                picked = cuda.packed_embedding(ids, tensors, form.text, dtype)
+                assert torch.equal(picked, dense[ids])
+
+
+def test_ids_outside_of_the_embedding_are_nan():
+    form, tensors = random_weight(70, 40, 8, ("binary",))
+    rows = cuda.packed_embedding(torch.tensor([70, 3, -1]), tensors, form.text, torch.float32)
+    assert rows[[0, 2]].isnan().all() and rows[1].isfinite().all()
+
+
+# --- the binding ---------------------------------------------------------------------------------
+
+
+def test_changed_tensors_are_looked_at_again():
+    form, named = plain.example(("signs",), ("salient.mask",), 20, 64, 32)
+    x = torch.randn(2, 64)
+    for _ in range(2):
+        tensors = list(named.values())
+        exact = reference.packed_linear(x, tensors, form.text)
+        assert torch.allclose(native(x, tensors, form), exact, atol=1e-3)
+        named["salient.mask"].copy_(named["salient.mask"].flip(0))
+
+
+def test_terms_go_with_their_tensors():
+    form, tensors = random_weight(70, 96, 32, ("binary",))
+    before = len(cuda._known)
+    native(torch.randn(96), tensors, form)
+    assert len(cuda._known) == before + 1
+    del tensors
+    assert len(cuda._known) == before
+
+
+def test_damaged_tensors_are_refused():
+    form, named = plain.example(("signs", "signs"), ("columns",), 20, 64, 32)
+    named["plane1.columns"][0, -1] = 64
+    with pytest.raises(ValueError, match="plane1.columns is not sorted or not within 0..63"):
+        native(torch.randn(64), list(named.values()), form)
+    form, named = plain.example(("signs",), ("salient.mask",), 20, 64, 32)
+    named["salient.values"] = named["salient.values"][:, :-5].clone()
+    with pytest.raises(ValueError, match="more bits than salient.values has values"):
+        native(torch.randn(64), list(named.values()), form)
+
+
+def test_what_has_no_kernel_goes_to_the_reference_with_a_reason():
+    form, tensors = random_weight(8, 64, 32, ("binary",))
+    x = torch.randn(3, 64, dtype=torch.float64)
+    assert torch.equal(cuda.packed_linear(x, tensors, form.text),
+                       reference.packed_linear(x, tensors, form.text))
+    assert cuda.handed_back == {"float64 inputs have no kernel": 1}
+
+
+def test_cards_that_the_library_was_not_built_for():
+    assert [cuda._no_code("80 86 90", *card) for card in ((8, 0), (8, 9), (9, 0), (12, 0))] == \
+        [None] * 4
+    assert cuda._no_code("90", 8, 0) == "the CUDA kernels are built for 90, this card has 80"
+    assert cuda._no_code("86", 8, 0) and not cuda._no_code("80", 8, 6)
+
+
+def test_errors_have_their_name(kernels, monkeypatch):
+    form, tensors = random_weight(8, 64, 32, ("binary",))
+    monkeypatch.setattr(cuda_table, "staging_bytes", lambda units, digits: 0)
+    monkeypatch.setattr(cuda, "units_of", lambda columns, group: (1 << 20, 1))
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidConfiguration"):
+        native(torch.randn(1, 64), tensors, form)
+
+
+def test_staging_bytes_are_those_of_the_kernel():
+    text = (cuda_host.SOURCES / "cuda_product.h").read_text()
+    assert "units * (staged_row_words(digits) * 4 + (digits == 3 ? 32 : 16) + 4)" in text
+    assert cuda_table.staging_bytes(10, 2) == 10 * ((2 * 32 + 4) * 4 + 16 + 4)
+    assert cuda_table.staging_bytes(1, 3) == (3 * 32 + 4) * 4 + 32 + 4
