@@ -162,8 +162,13 @@ def _cuda_kernels() -> str:
     facts = cuda.describe()
     if not facts["library"]:
         return f"none: {facts['reason']}"
-    return (f"{facts['library']}, machine code for {facts['architectures']}; native: "
-            f"{facts['native']}; reference: {', '.join(facts['reference'])}")
+    import torch
+
+    cards = {f"cuda:{i}": torch.device("cuda", i) for i in range(torch.cuda.device_count())}
+    tried = [f"{name}: {cuda.unfit(card) or 'agrees with the reference'}"
+             for name, card in cards.items()]
+    return "; ".join([f"{facts['library']}, machine code for {facts['architectures']}", *tried,
+                      f"native: {facts['native']}", f"reference: {', '.join(facts['reference'])}"])
 
 
 def _text(value: Any) -> str:

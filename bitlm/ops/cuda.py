@@ -10,13 +10,12 @@ import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import byref
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import cuda_table, reference
+from . import cuda_check, cuda_table, reference
 from . import library as native
 from .cache import undisturbed
 from .cuda_structs import (
@@ -87,25 +86,30 @@ def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | No
     multiplied by the weight in their dtype, as a dense layer does it.
     """
     layout = parse(form)
-    reason = unsupported(layout, x.dtype) or _no_code_for(x.device)
+    reason = unsupported(layout, x.dtype) or unfit(x.device)
     if reason:
         _note(reason)
         return reference.packed_linear(x, tensors, form, bias, offsets, activation, step)
     flat = x.reshape(-1, layout.columns).contiguous()
     with _on(x.device):
-        if _is_dense_work(flat, layout, activation):
-            y = _dense_linear(flat, terms(form, tensors), _bias(bias, layout))
-            return y.reshape(*x.shape[:-1], layout.rows)
-        call = _Call(terms(form, tensors), dict(zip(layout.names, tensors)), flat,
-                     _NUMBERS[activation], step)
-        y = call.linear(_bias(bias, layout), _offsets(offsets, layout))
+        y = _linear(flat, tensors, layout, bias, offsets, activation, step)
     return y.reshape(*x.shape[:-1], layout.rows)
+
+
+def _linear(x: Tensor, tensors: list[Tensor], form: Form, bias: Tensor | None,
+            offsets: Tensor | None, activation: str, step: Tensor | None) -> Tensor:
+    """Return the product [tokens, N] of x [tokens, K] by the kernels, on the current device."""
+    weight = terms(form.text, tensors)
+    if _is_dense_work(x, form, activation):
+        return _dense_linear(x, weight, _bias(bias, form))
+    call = _Call(weight, dict(zip(form.names, tensors)), x, _NUMBERS[activation], step)
+    return call.linear(_bias(bias, form), _offsets(offsets, form))
 
 
 def packed_embedding(ids: Tensor, tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
     """Return rows `ids` of the weight; forms whose rows have other terms: reference."""
     layout = parse(form)
-    reason = unsupported(layout, dtype) or _no_rows(layout) or _no_code_for(ids.device)
+    reason = unsupported(layout, dtype) or _no_rows(layout) or unfit(ids.device)
     if reason or layout.experts:
         _note(reason or "rows of experts have no kernel")
         return reference.packed_embedding(ids, tensors, form, dtype)
@@ -118,7 +122,7 @@ def packed_embedding(ids: Tensor, tensors: list[Tensor], form: str, dtype: torch
 def dequantize(tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
     """Return the dense weight; forms whose rows have other terms: reference."""
     layout = parse(form)
-    reason = unsupported(layout, dtype) or _no_rows(layout) or _no_code_for(tensors[0].device)
+    reason = unsupported(layout, dtype) or _no_rows(layout) or unfit(tensors[0].device)
     if reason:
         _note(reason)
         return reference.dequantize(tensors, form, dtype)
@@ -129,14 +133,28 @@ def dequantize(tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
     return dense.reshape((layout.experts, *shape) if layout.experts else shape)
 
 
-@cache
-def _no_code_for(device: torch.device) -> str | None:
-    """Return why a card cannot run what the library was built for, or None."""
+def unfit(device: torch.device) -> str | None:
+    """Return why a card cannot run the kernels, or None. The first call on a card waits for it."""
     if device.type != "cuda":
         return None
-    major, minor = torch.cuda.get_device_capability(device)
-    named = native.load("bitlm_cuda").library.bitlm_cuda_architectures().decode()
-    return _no_code(named, major, minor)
+    if device not in _fitness and torch.cuda.is_current_stream_capturing():
+        return None  # nothing may wait here: it is the next call that tells
+    if device not in _fitness:
+        major, minor = torch.cuda.get_device_capability(device)
+        named = native.load("bitlm_cuda").library.bitlm_cuda_architectures().decode()
+        _fitness[device] = _no_code(named, major, minor) or disagreement(device)
+    return _fitness[device]
+
+
+def disagreement(device: torch.device) -> str | None:
+    """Return how the kernels differ from the reference on a device, or None."""
+    def dense(tensors: list[Tensor], form: Form) -> Tensor:
+        return _rows(terms(form.text, tensors), None, form.rows, torch.float32)
+
+    with _on(device), torch.no_grad():
+        return cuda_check.disagreement(
+            lambda x, tensors, form, activation: _linear(x, tensors, form, None, None, activation,
+                                                         None), dense, device)
 
 
 def _no_code(architectures: str, major: int, minor: int) -> str | None:
@@ -169,6 +187,7 @@ def _no_rows(form: Form) -> str | None:
 # --- weights -------------------------------------------------------------------------------------
 
 _known: dict[int, Terms] = {}  # by the address of the first tensor
+_fitness: dict[torch.device, str | None] = {}  # why a card cannot run the kernels
 
 
 def terms(text: str, tensors: Sequence[Tensor]) -> Terms:

@@ -300,6 +300,28 @@ def test_cards_that_the_library_was_not_built_for():
     assert cuda._no_code("86", 8, 0) and not cuda._no_code("80", 8, 6)
 
 
+def test_a_card_whose_kernels_are_wrong_goes_to_the_reference(monkeypatch):
+    assert cuda.disagreement(torch.device("cpu")) is None
+    product, rows = cuda._linear, cuda._rows
+    wrong = {"_linear": lambda *args: product(*args) * 1.01,
+             "_rows": lambda *args: rows(*args).roll(1, 0)}
+    for name, kernel in wrong.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, name, kernel)
+            assert "than the reference (48x512 signs" in cuda.disagreement(torch.device("cpu"))
+    monkeypatch.setattr(cuda, "_linear", lambda *args: product(*args) * float("nan"))
+    assert "other products" in cuda.disagreement(torch.device("cpu"))
+
+
+def test_a_card_on_which_kernels_fail_goes_to_the_reference(monkeypatch):
+    def launch(*args):
+        raise RuntimeError("cudaErrorNoKernelImageForDevice")
+
+    monkeypatch.setattr(cuda, "_launch", launch)
+    assert cuda.disagreement(torch.device("cpu")) == \
+        "the CUDA kernels failed on 48x512 signs: cudaErrorNoKernelImageForDevice"
+
+
 def test_errors_have_their_name(kernels, monkeypatch):
     form, tensors = random_weight(8, 64, 32, ("binary",))
     monkeypatch.setattr(cuda_table, "staging_bytes", lambda units, digits: 0)
