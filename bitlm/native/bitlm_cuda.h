@@ -13,6 +13,7 @@ extern "C" {
 
 #define BITLM_CUDA_ABI_VERSION 1
 #define BITLM_CUDA_MAX_PASSES 9  // 8 planes and a shift
+#define BITLM_CUDA_MANY_PASSES 4
 
 // ---- Inputs: what codes are multiplied by --------------------------------------------------------
 // Rows of integers as bit planes. Each group of columns is cut into units of 128 columns, the last
@@ -83,6 +84,39 @@ typedef struct bitlm_cuda_product {
 } bitlm_cuda_product;
 
 BITLM_API int bitlm_cuda_product_launch(const bitlm_cuda_product* call, void* stream);
+
+// ---- Products of many tokens of 16 bits ----------------------------------------------------------
+
+// x in the order in which the product reads it: columns a multiple of 32, times multipliers.
+typedef struct bitlm_cuda_order {
+  const void* x;            // [tokens][columns], of type
+  void* ordered;            // the same shape and type
+  const void* multipliers;  // [columns] or null
+  int32_t type, multiplier_type;
+  int32_t tokens, columns;
+} bitlm_cuda_order;
+
+BITLM_API int bitlm_cuda_order_launch(const bitlm_cuda_order* call, void* stream);
+
+// y[b, n] = sum over passes + addend[b, n] + bias[n], with passes of signs, signs and mask, or a shift;
+// columns and group_size multiples of 64, or one group. Signs and masks lie at multiples of 8 bytes.
+typedef struct bitlm_cuda_many {
+  bitlm_cuda_pass pass[BITLM_CUDA_MANY_PASSES];
+  const void* x;           // [tokens][columns], ordered, of type
+  void* y;                 // [tokens][y_columns], of type
+  const float* addend;     // the same shape, or null
+  const void* bias;        // as of bitlm_cuda_product
+  const int32_t* offsets;  // as of bitlm_cuda_product
+  int32_t count;  // how many of `pass`
+  int32_t rows, columns, group_size, tokens;
+  int32_t y_columns, y_column;  // the rows' place in y
+  int32_t type, bias_type;      // type: fp16 or bf16
+  int32_t experts;
+  int32_t tiles;  // 1 or 2: a block makes 64 or 128 rows
+  int32_t reserved;
+} bitlm_cuda_many;
+
+BITLM_API int bitlm_cuda_many_launch(const bitlm_cuda_many* call, void* stream);
 
 // ---- Other terms ---------------------------------------------------------------------------------
 

@@ -42,6 +42,45 @@ BITLM_DEVICE void add_popcounts(uint32_t (&counts)[4], uint32_t a0, uint32_t a8,
                : "r"(a0), "r"(a8), "r"(b));
 }
 
+// sums += a b, in fp32: a is 16 rows x 16 of fp16 or bf16, b 16 x 8 columns. Lane (g, t) has of a
+// elements 2t and 2t + 1 of row g (a0) and of row g + 8 (a8), 2t + 8 and 2t + 9 of those (a0_high,
+// a8_high), the same elements of column g of b, and sums as above.
+template <int TYPE>
+BITLM_DEVICE void multiply_add(float (&sums)[4], uint32_t a0, uint32_t a8, uint32_t a0_high,
+                               uint32_t a8_high, uint32_t b, uint32_t b_high) {
+  if (TYPE == BITLM_FLOAT16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a0), "r"(a8), "r"(a0_high), "r"(a8_high), "r"(b), "r"(b_high));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a0), "r"(a8), "r"(a0_high), "r"(a8_high), "r"(b), "r"(b_high));
+  }
+}
+
+// Copies 8 or 16 bytes from global to shared memory, while the thread goes on. commit_copies makes a
+// group of those since the last one; await_copies waits for all groups but the `groups` last ones.
+template <int BYTES>
+BITLM_DEVICE void copy_later(void* to, const void* from) {
+  uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES)
+                 : "memory");
+  }
+}
+
+BITLM_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int GROUPS>
+BITLM_DEVICE void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
 // Reads weights, which nobody reads again: past L1, and the rest of the line comes along into L2.
 BITLM_DEVICE Words load_once(const void* address) {
   Words w;

@@ -373,11 +373,12 @@ struct Slice {
   int expert, first, end;
 };
 
-BITLM_DEVICE Slice slice_of(const bitlm_cuda_product& call, int index, int tokens) {
-  if (!call.experts) return {0, index * tokens, smaller((index + 1) * tokens, call.input.rows)};
+// all: the tokens there are. tokens: those of a block, the index-th of which this is.
+BITLM_DEVICE Slice slice_of(int experts, const int32_t* offsets, int all, int index, int tokens) {
+  if (!experts) return {0, index * tokens, smaller((index + 1) * tokens, all)};
   int start = 0;
-  for (int expert = 0; expert < call.experts; expert++) {
-    int end = smaller(load<int32_t>(call.offsets + expert), call.input.rows);
+  for (int expert = 0; expert < experts; expert++) {
+    int end = smaller(load<int32_t>(offsets + expert), all);
     int own = ceil_div(larger(end - start, 0), tokens);
     if (index < own) {
       int first = start + index * tokens;
@@ -441,7 +442,7 @@ template <int D, int R, int T, bool FAST, bool STAGES>
 BITLM_DEVICE void product_block(const bitlm_cuda_product& call, StageMemory& stage,
                                 const uint16_t* table) {
   const bitlm_cuda_input& in = call.input;
-  Slice slice = slice_of(call, blockIdx.x, T);
+  Slice slice = slice_of(call.experts, call.offsets, in.rows, blockIdx.x, T);
   if (slice.first >= slice.end) return;
   int first_row = blockIdx.y * (R * tile_rows);
   constexpr int row_sums = D == 3 ? 8 : 4;

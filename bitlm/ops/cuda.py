@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import byref
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,9 +21,12 @@ from . import library as native
 from .cache import undisturbed
 from .cuda_structs import (
     DIGIT_WORDS,
+    MANY_PASSES,
     MAX_PASSES,
     Combine,
     Input,
+    Many,
+    Order,
     Pass,
     Product,
     Rows,
@@ -82,8 +86,8 @@ def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | No
                   step: Tensor | None = None) -> Tensor:
     """Return what reference.packed_linear does, natively when there is a kernel.
 
-    A token with an infinity or NaN gives NaN. Many tokens of 16 bits (cuda_table.DENSE_TOKENS) are
-    multiplied by the weight in their dtype, as a dense layer does it.
+    A token with an infinity or NaN gives nothing finite. Many tokens of 16 bits are multiplied by
+    floats (cuda_table.Settings), as a dense layer does it.
     """
     layout = parse(form)
     reason = unsupported(layout, x.dtype) or unfit(x.device)
@@ -100,8 +104,11 @@ def _linear(x: Tensor, tensors: list[Tensor], form: Form, bias: Tensor | None,
             offsets: Tensor | None, activation: str, step: Tensor | None) -> Tensor:
     """Return the product [tokens, N] of x [tokens, K] by the kernels, on the current device."""
     weight = terms(form.text, tensors)
-    if _is_dense_work(x, form, activation):
+    work = _work(x, weight, activation)
+    if work == "dense":
         return _dense_linear(x, weight, _bias(bias, form))
+    if work == "many":
+        return _many_linear(x, weight, _bias(bias, form), _offsets(offsets, form))
     call = _Call(weight, dict(zip(form.names, tensors)), x, _NUMBERS[activation], step)
     return call.linear(_bias(bias, form), _offsets(offsets, form))
 
@@ -335,7 +342,7 @@ class _Call:
                        0 if offsets is None else offsets.data_ptr(), len(term.passes), term.rows,
                        y.shape[1], column, TYPES[y.dtype],
                        0 if bias is None else TYPES[bias.dtype], experts,
-                       cuda_table.block_tokens(rows), alone)
+                       _settings(x.device).block(rows), alone)
         _launch("bitlm_cuda_product_launch", call, y.device)
 
     def _digits(self, x: Tensor) -> int:
@@ -380,9 +387,58 @@ class _Call:
         return staged
 
 
-def _is_dense_work(x: Tensor, form: Form, activation: str) -> bool:
-    return activation == "float" and x.dtype != torch.float32 and not form.experts and \
-        len(x) >= cuda_table.DENSE_TOKENS and _no_rows(form) is None
+def _work(x: Tensor, weight: Terms, activation: str) -> str:
+    """Return how a product is made: see cuda_table.Settings."""
+    form = weight.form
+    if activation != "float" or x.dtype == torch.float32:
+        return "bits"
+    return _settings(x.device).work(len(x) // (form.experts or 1), weight.many,
+                                    not form.experts and _no_rows(form) is None)
+
+
+def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """Return x @ W.T + bias in the dtype of x, W made of codes in registers."""
+    form = weight.form
+    y = (x.new_zeros if form.experts else x.new_empty)(len(x), form.rows)
+    if not y.numel():
+        return y
+    ordered: dict[Source, Tensor] = {}
+    for part in weight.parts:
+        product, = part.products
+        if product.source not in ordered:
+            ordered[product.source] = _ordered(x, product.source.multipliers)
+        own = None if bias is None else bias[..., part.first:part.first + part.rows].contiguous()
+        _launch("bitlm_cuda_many_launch", Many(
+            (Pass * MANY_PASSES)(*product.passes), ordered[product.source].data_ptr(),
+            y.data_ptr(), 0, 0 if own is None else own.data_ptr(),
+            0 if offsets is None else offsets.data_ptr(), len(product.passes), part.rows,
+            form.columns, form.group_size, len(x), y.shape[1], part.first, TYPES[x.dtype],
+            0 if own is None else TYPES[own.dtype], form.experts,
+            cuda_table.many_tiles(part.rows, len(x), _multiprocessors(x.device))), x.device)
+    return y
+
+
+def _ordered(x: Tensor, multipliers: Tensor | None) -> Tensor:
+    """Return x times multipliers, columns in the order in which the kernel reads them."""
+    ordered = torch.empty_like(x)
+    _launch("bitlm_cuda_order_launch", Order(
+        x.data_ptr(), ordered.data_ptr(), 0 if multipliers is None else multipliers.data_ptr(),
+        TYPES[x.dtype], 0 if multipliers is None else TYPES[multipliers.dtype], *x.shape), x.device)
+    return ordered
+
+
+@cache
+def _settings(device: torch.device) -> cuda_table.Settings:
+    if device.type != "cuda":
+        return cuda_table.DEFAULT
+    return cuda_table.settings(torch.cuda.get_device_capability(device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _dense_linear(x: Tensor, weight: Terms, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,8 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from .structs import fields
 
 MAX_PASSES = 9
+MANY_PASSES = 4
+STEP_COLUMNS = 64  # of a product of many tokens
 UNIT_COLUMNS, UNIT_WORDS, DIGIT_WORDS = 128, 4, 32
 
 
@@ -27,6 +29,17 @@ class Product(Structure):
                 *fields("y addend bias offsets", c_void_p),
                 *fields("count rows y_columns y_column y_type bias_type experts block_tokens "
                         "stages reserved", c_int32)]
+
+
+class Order(Structure):
+    _fields_ = [*fields("x ordered multipliers", c_void_p),
+                *fields("type multiplier_type tokens columns", c_int32)]
+
+
+class Many(Structure):
+    _fields_ = [("passes", Pass * MANY_PASSES), *fields("x y addend bias offsets", c_void_p),
+                *fields("count rows columns group_size tokens y_columns y_column type bias_type "
+                        "experts tiles reserved", c_int32)]
 
 
 class Combine(Structure):

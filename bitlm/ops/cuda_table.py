@@ -1,14 +1,81 @@
-"""How CUDA kernels are launched for which shapes; `scripts/bench cuda --tune` measures it anew.
+"""Which CUDA kernel multiplies which shape, by the card: measured by `scripts/bench cuda --tune`.
 
-Nothing here has been measured yet: the numbers follow from counting instructions and bytes
-(README, "CUDA kernels").
+cuda_table.json has the settings of each compute capability that was measured. For the others there
+are the defaults below, which follow from counting instructions and bytes (README, "CUDA kernels").
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("cuda_table.json")
 # A block stages a single token itself, in shared memory, while that fits beside the rest into the
 # 48 KiB that every GPU gives: one launch instead of two, for work that all blocks repeat.
 MOST_STAGING_BYTES = 40 * 1024
+# The weight is made dense in pieces that stay in the L2 cache.
+DENSE_PIECE_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What suits a card.
+
+    block_tokens: tokens (1, 2, 4 or 8) that a block of a bit product takes of 1, of 2, of up to 4
+    and of more tokens. many_tokens: from so many of 16 bits on (of each expert, on average), codes
+    become floats in registers: less work by token than bits, more before the first one.
+    dense_tokens: from so many on, cuBLAS multiplies by a dense copy, piece by piece: its
+    instructions are faster by token, and making the copy is little beside it. dense_tokens_alone:
+    the same where there is no kernel for many tokens.
+    """
+
+    block_tokens: tuple[int, int, int, int] = (1, 2, 4, 8)
+    many_tokens: int = 48
+    dense_tokens: int = 1024
+    dense_tokens_alone: int = 256
+
+    def block(self, tokens: int) -> int:
+        """Return how many of `tokens` tokens a block of a bit product takes."""
+        return self.block_tokens[0 if tokens == 1 else 1 if tokens == 2 else 2 + (tokens > 4)]
+
+    def work(self, tokens: int, many: bool, dense: bool) -> str:
+        """Return how a product of 16-bit inputs is made: "bits", "many" or "dense".
+
+        many, dense: whether there are kernels for it.
+        """
+        if dense and tokens >= (self.dense_tokens if many else self.dense_tokens_alone):
+            return "dense"
+        return "many" if many and tokens >= self.many_tokens else "bits"
+
+
+DEFAULT = Settings()
+
+
+@cache
+def settings(capability: tuple[int, int]) -> Settings:
+    """Return what suits cards of a compute capability."""
+    own = read().get(_key(capability))
+    return DEFAULT if own is None else own
+
+
+def read() -> dict[str, Settings]:
+    """Return the table by compute capability, as "9.0"."""
+    return {key: Settings(**values | {"block_tokens": tuple(values["block_tokens"])})
+            for key, values in json.loads(TABLE.read_text("utf-8")).items()}
+
+
+def write(capability: tuple[int, int], own: Settings) -> None:
+    """Set what suits cards of a compute capability, in the table of this checkout."""
+    table = read() | {_key(capability): own}
+    text = json.dumps({key: asdict(table[key]) for key in sorted(table)}, indent=1)
+    TABLE.write_text(text + "\n", "utf-8")
+    settings.cache_clear()
+
+
+def _key(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def staging_bytes(units: int, digits: int) -> int:
@@ -16,15 +83,9 @@ def staging_bytes(units: int, digits: int) -> int:
     return units * (4 * (32 * digits + 4) + (32 if digits == 3 else 16) + 4)
 
 
-def block_tokens(tokens: int) -> int:
-    """Return how many tokens a block of a product takes: 1, 2, 4 or 8."""
-    return 1 if tokens == 1 else 2 if tokens == 2 else 4 if tokens <= 4 else 8
-
-
-# From so many tokens of 16 bits on, the weight is made dense piece by piece and cuBLAS multiplies:
-# its work grows by token, the making does not. A piece is small enough to stay in the L2 cache.
-DENSE_TOKENS = 256
-DENSE_PIECE_BYTES = 32 * 1024 * 1024
+def many_tiles(rows: int, tokens: int, multiprocessors: int) -> int:
+    """Return whether blocks make 64 (1) or 128 (2) rows: fewer, where there are blocks enough."""
+    return 2 if -(-rows // 128) * -(-tokens // 128) >= multiprocessors else 1
 
 
 def dense_rows(columns: int) -> int:

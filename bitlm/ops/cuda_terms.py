@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bits import pack_bits, unpack_bits
 from .cache import OfTensors, must_fit
-from .cuda_structs import MAX_PASSES, Pass
+from .cuda_structs import MANY_PASSES, MAX_PASSES, STEP_COLUMNS, Pass
 from .form import Form, chains, damaged_columns, planes, row
 from .structs import TYPES
 
@@ -97,6 +97,8 @@ def unsupported(form: Form) -> str | None:
 class Terms(OfTensors):
     """The launches of a weight, and the tensors made for them.
 
+    many: whether products of many tokens of 16 bits have a kernel of their own.
+
     Raises RuntimeError naming every tensor that does not fit the form, ValueError for a damaged
     list of columns or salient values.
     """
@@ -114,6 +116,7 @@ class Terms(OfTensors):
         rows = form.rows // count
         self.parts = [self._part(own, i * rows, rows) for i, own in
                       enumerate(_split(named, form, count))]
+        self.many = all(_fits_many(form, part) for part in self.parts)
         self.remember(tensors)
 
     def _part(self, named: Tensors, first: int, rows: int) -> Part:
@@ -219,6 +222,18 @@ class Terms(OfTensors):
         if not tensor.is_contiguous():
             tensor = self._keep(tensor)
         return tensor.data_ptr()
+
+
+def _fits_many(form: Form, part: Part) -> bool:
+    """Tell whether the product of many tokens has a kernel (bitlm_cuda_many)."""
+    if part.ranked or part.chains or part.salient or part.low_rank or len(part.products) != 1:
+        return False
+    own = part.products[0]
+    grouped = form.group_size >= form.columns or form.group_size % STEP_COLUMNS == 0
+    return grouped and form.columns % STEP_COLUMNS == 0 and own.source.places is None and \
+        0 < len(own.passes) <= MANY_PASSES and \
+        not any(p.trits or p.zones or p.drop or (p.signs or 0) % 8 or (p.mask or 0) % 8
+                for p in own.passes)
 
 
 def leaves(named: Tensors, prefix: str) -> Tensors:

@@ -2,7 +2,7 @@
 
     scripts/bench cuda [--json eval/results/cuda.json]      # layers, then an 8B-shaped Llama
     scripts/bench cuda --layers-only | --decode-only
-    scripts/bench cuda --tune                               # block_tokens and when to go dense
+    scripts/bench cuda --tune                               # write ops/cuda_table.json for the card
     scripts/bench cuda --table eval/results/cuda.json       # what was measured before
 
 A layer is measured in a CUDA graph that calls it once for each of many copies of its weight, more
@@ -16,13 +16,17 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from harness import results
 from harness.gpu import Graph, copy_bandwidth, describe
 from harness.gpu_layers import DTYPE, Layer, Work, engines
 from harness.gpu_llama import decode
+
+from bitlm.ops import cuda, cuda_table
 
 WORKS = [
     *(Work("decode", *shape, 1) for shape in ((4096, 4096), (11008, 4096), (4096, 11008),
@@ -42,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers-only", action="store_true")
     parser.add_argument("--decode-only", action="store_true")
-    parser.add_argument("--tune", action="store_true", help="print what suits this card")
+    parser.add_argument("--tune", action="store_true", help="write what suits this card")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=128, help="of decoding")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
@@ -95,32 +99,47 @@ def take_turns(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, l
     return times
 
 
-def tune(rounds: int) -> str:
-    """Return the best settings of ops/cuda_table.py for this card, one line each."""
-    from bitlm.ops import cuda_table
+NEVER = 1 << 30
+# Settings that make a product in one way, and the batches at which ways are compared.
+WAYS = {"bits": cuda_table.Settings((1, 2, 4, 8), NEVER, NEVER, NEVER),
+        "many": cuda_table.Settings(many_tokens=1, dense_tokens=NEVER),
+        "dense": cuda_table.Settings(dense_tokens=1)}
+BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
-    lines = []
-    for tokens in (1, 2, 3, 4, 6, 8, 16, 32, 64):
+
+def tune(rounds: int) -> str:
+    """Write what suits this card to ops/cuda_table.json; return what was measured, line by line."""
+    lines, blocks = [], []
+    for tokens in (1, 2, 4, 16):
         layer = Layer(Work("tune", 4096, 4096, tokens))
-        times = {}
-        for own in (1, 2, 4, 8):
-            cuda_table.block_tokens = lambda _, own=own: own
-            graph = Graph(engines(layer)["bitlm"])
-            times[own] = statistics.median(graph.microseconds() for _ in range(rounds))
-        best = min(times, key=times.get)
-        shown = ", ".join(f"{own}: {us:.2f} us" for own, us in times.items())
-        lines.append(f"{tokens} tokens: block_tokens {best} ({shown})")
-    cuda_table.block_tokens = lambda _: 8
-    for tokens in (64, 96, 128, 192, 256, 384, 512):
+        times = {own: _median(layer, rounds, replace(WAYS["bits"], block_tokens=(own,) * 4))
+                 for own in (1, 2, 4, 8)}
+        blocks.append(min(times, key=times.get))
+        lines.append(f"{tokens} tokens, by tokens of a block: {_shown(times)}")
+    best = dict.fromkeys(("many", "dense", "alone"), NEVER)
+    winning = set(best)  # at this batch and all larger ones
+    ways = {name: replace(own, block_tokens=tuple(blocks)) for name, own in WAYS.items()}
+    for tokens in reversed(BATCHES):
         layer = Layer(Work("tune", 4096, 4096, tokens))
-        times = {}
-        for name, limit in (("bits", 1 << 30), ("dense", 1)):
-            cuda_table.DENSE_TOKENS = limit
-            graph = Graph(engines(layer)["bitlm"])
-            times[name] = statistics.median(graph.microseconds() for _ in range(rounds))
-        lines.append(f"{tokens} tokens: " + ", ".join(f"{n} {us:.1f} us" for n, us in
-                                                      times.items()))
-    return "\n".join(lines)
+        times = {name: _median(layer, rounds, own) for name, own in ways.items()}
+        wins = {"many": times["many"] < times["bits"], "alone": times["dense"] < times["bits"],
+                "dense": times["dense"] < min(times["many"], times["bits"])}
+        winning &= {name for name, won in wins.items() if won}
+        best |= dict.fromkeys(winning, tokens)
+        lines.append(f"{tokens} tokens: {_shown(times)}")
+    own = cuda_table.Settings(tuple(blocks), best["many"], best["dense"], best["alone"])
+    cuda_table.write(torch.cuda.get_device_capability(), own)
+    return "\n".join([*lines, f"{cuda_table.TABLE.name}: {own}"])
+
+
+def _median(layer: Layer, rounds: int, settings: cuda_table.Settings) -> float:
+    with patch.object(cuda, "_settings", lambda device: settings):
+        graph = Graph(engines(layer)["bitlm"])
+    return statistics.median(graph.microseconds() for _ in range(rounds))
+
+
+def _shown(times: dict) -> str:
+    return ", ".join(f"{name} {us:.2f} us" for name, us in times.items())
 
 
 # --- tables --------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ namespace emulation {
 constexpr int lanes = 32;
 constexpr int most_threads = 1024, most_shared = 227 * 1024;
 constexpr size_t stack_bytes = 128 * 1024;
+constexpr int most_words = 6;  // that a thread brings to a meeting
 
 [[noreturn]] inline void fault(const char* what) {
   fprintf(stderr, "CUDA emulation: %s (block %u %u, thread %u)\n", what, blockIdx.x, blockIdx.y,
@@ -63,17 +64,28 @@ constexpr size_t stack_bytes = 128 * 1024;
   abort();
 }
 
+struct Copy;
+
 struct Fiber {
   ucontext_t context;
   jmp_buf place;
   bool begun, done;
+  std::vector<Copy> copies;
 };
 
 // Where threads meet: each brings a few words, and gets those of all when the last one has come.
 struct Meeting {
   int arrived = 0, operation = 0;
   unsigned round = 0;
-  uint32_t brought[lanes][4], seen[lanes][4];
+  uint32_t brought[lanes][most_words], seen[lanes][most_words];
+};
+
+// A copy that lands when it is waited for; `end` ends a group.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool end;
 };
 
 struct Machine {
@@ -132,7 +144,7 @@ inline void meet(Meeting& meeting, int all, int operation) {
 }
 
 // Brings `count` words and returns those of all lanes of the warp.
-inline const uint32_t (*exchange(int operation, const uint32_t* words, int count))[4] {
+inline const uint32_t (*exchange(int operation, const uint32_t* words, int count))[most_words] {
   Meeting& meeting = machine().warp[threadIdx.x / lanes];
   memcpy(meeting.brought[threadIdx.x % lanes], words, sizeof(uint32_t) * count);
   meet(meeting, lanes, operation);
@@ -240,7 +252,7 @@ inline char* block_memory() { return emulation::machine().shared.data(); }
 // As PTX defines mma.m16n8k128 for bits: see cuda_device.h.
 inline void add_popcounts(uint32_t (&counts)[4], uint32_t a0, uint32_t a8, uint32_t b) {
   uint32_t own[3] = {a0, a8, b};
-  const uint32_t(*all)[4] = emulation::exchange(2, own, 3);
+  const uint32_t(*all)[emulation::most_words] = emulation::exchange(2, own, 3);
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   for (int i = 0; i < 4; i++) {
     for (int word = 0; word < 4; word++) {
@@ -248,6 +260,64 @@ inline void add_popcounts(uint32_t (&counts)[4], uint32_t a0, uint32_t a8, uint3
       counts[i] += static_cast<uint32_t>(__builtin_popcount(row & column));
     }
   }
+}
+
+// As PTX defines mma.m16n8k16: see cuda_device.h.
+template <int TYPE>
+void multiply_add(float (&sums)[4], uint32_t a0, uint32_t a8, uint32_t a0_high, uint32_t a8_high,
+                  uint32_t b, uint32_t b_high) {
+  uint32_t own[6] = {a0, a8, a0_high, a8_high, b, b_high};
+  const uint32_t(*all)[emulation::most_words] = emulation::exchange(3, own, 6);
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  auto value = [](uint32_t pair, int half) {
+    uint16_t bits = static_cast<uint16_t>(pair >> 16 * half);
+    return TYPE == BITLM_FLOAT16 ? half_to_float(bits) : float_of(static_cast<uint32_t>(bits) << 16);
+  };
+  for (int i = 0; i < 4; i++) {
+    for (int k = 0; k < 16; k++) {
+      int quad = k % 8 / 2, high = k / 8;
+      sums[i] += value(all[4 * g + quad][2 * high + i / 2], k % 2) *
+                 value(all[4 * (2 * t + i % 2) + quad][4 + high], k % 2);
+    }
+  }
+}
+
+// Copies land at the last moment, or, with threads in the backward order, at once: a missing wait or
+// a missing barrier shows in one of them.
+template <int BYTES>
+void copy_later(void* to, const void* from) {
+  using namespace emulation;
+  Machine& m = machine();
+  if (reinterpret_cast<uintptr_t>(from) % BYTES || reinterpret_cast<uintptr_t>(to) % BYTES) {
+    fault("an unaligned copy");
+  }
+  if (m.backwards) {
+    memcpy(to, from, BYTES);
+  } else {
+    m.fibers[m.current].copies.push_back({to, from, BYTES, false});
+  }
+}
+
+inline void commit_copies() {
+  emulation::Machine& m = emulation::machine();
+  m.fibers[m.current].copies.push_back({nullptr, nullptr, 0, true});
+}
+
+template <int GROUPS>
+void await_copies() {
+  emulation::Machine& m = emulation::machine();
+  std::vector<emulation::Copy>& copies = m.fibers[m.current].copies;
+  int open = 0;
+  for (const emulation::Copy& copy : copies) open += copy.end;
+  size_t done = 0;
+  for (; open > GROUPS; done++) {
+    if (copies[done].end) {
+      open--;
+    } else {
+      memcpy(copies[done].to, copies[done].from, copies[done].bytes);
+    }
+  }
+  copies.erase(copies.begin(), copies.begin() + static_cast<long>(done));
 }
 
 template <class Call>
