@@ -262,7 +262,7 @@ class _Call:
         sums = None
         if any(len(p.products) != 1 or p.ranked or p.chains or p.salient or p.low_rank
                for p in parts):
-            sums = x.new_empty(x.shape, dtype=torch.float32).new_empty(y.shape)
+            sums = torch.empty(y.shape, dtype=torch.float32, device=x.device)
         for part in parts:
             own_bias = None if bias is None else bias[..., part.first:part.first + part.rows]
             self._part(part, y, sums, own_bias, offsets)
