@@ -167,9 +167,11 @@ def _scores(results: dict[str, Any], task: str, name: str) -> list[float] | None
 
 
 def _minutes(results: dict[str, Any], name: str) -> float:
-    key = f"{TASK}-{name}" if name == FULL else f"{TASK}-{name}-0"
-    stages = results[key]["stages"] if key in results else {}
-    return sum(stage["seconds"] for stage in stages.values()) / 60
+    """Return the minutes of a training, with those of the student that it began with."""
+    own = results.get(f"{TASK}-{name}" if name == FULL else f"{TASK}-{name}-0", {})
+    before = results.get(own.get("after"), {})
+    return sum(stage["seconds"] for each in (own, before)
+               for stage in each.get("stages", {}).values()) / 60
 
 
 def _spread(results: dict[str, Any], name: str) -> float | None:
