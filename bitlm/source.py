@@ -173,6 +173,15 @@ def _map_offloaded(model: nn.Module) -> None:
     model.tie_weights()
 
 
+def has_device(device: str) -> bool:
+    """Tell whether tensors can be on a device, as torch names it."""
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return True
+
+
 def nbytes(headers: dict) -> int:
     """Return the bytes of all tensors in checkpoint headers."""
     return sum(prod(header.shape) * header.dtype.itemsize for header in headers.values())

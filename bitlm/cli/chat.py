@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import ActivationOption
+from .output import ActivationOption, DeviceOption
 
 NEW_TOKENS = 256
 HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops a reply."
@@ -20,6 +20,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     activation: ActivationOption = None,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Talk to a model, from the keyboard or a pipe."""
     import torch
@@ -27,7 +28,7 @@ def chat(
     from .output import activations_of
     from .streaming import load_generator, room, stream
 
-    loaded, tokenizer = load_generator(model, activation)
+    loaded, tokenizer = load_generator(model, activation, device)
     torch.manual_seed(seed)
     talk = Templated(tokenizer) if tokenizer.chat_template else Plain(tokenizer)
     modes = activations_of(loaded)

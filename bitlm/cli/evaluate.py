@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import UsageError
-from .output import ActivationOption
+from .output import ActivationOption, DeviceOption
 
 _LONGEST = 2048  # the default context of models that read more
 
@@ -40,6 +40,7 @@ def evaluate(
         help="Dense model: adds its scores and the differences; for perplexity KL divergence, "
              "top-1 agreement and logit error.")] = "",
     activation: ActivationOption = None,
+    device: DeviceOption = "cpu",
     batch_size: Annotated[int | None, typer.Option(help="Inputs that run together.", min=1)] = None,
     max_input: Annotated[int | None, typer.Option(
         help="Tokens of an input at most (default: 128 for glue, else 1024).", min=1)] = None,
@@ -86,14 +87,14 @@ def evaluate(
         chosen = tasks.find(task)
         if chosen.kind == "perplexity":
             tasks.check_options(chosen, options, {"predictions": predictions})
-            found = _perplexity(model, data, against, activation, context, windows,
+            found = _perplexity(model, data, against, activation, device, context, windows,
                                 field or "text", batch_size)
         else:
             tasks.check_options(chosen, options, {"context": context, "windows": windows,
                                                   "field": field})
             # The data first: a wrong path should not cost the loading of a model.
             work = tasks.prepare(chosen, data, options)
-            found, lines = _task(model, task, work, against, activation)
+            found, lines = _task(model, task, work, against, activation, device)
     except tasks.TaskError as error:
         raise UsageError(str(error)) from None
     result, shown, card_rows = found
@@ -119,8 +120,9 @@ def _columns(text: str | None) -> dict[str, str] | None:
     return {field.strip(): column.strip() for field, _, column in pairs}
 
 
-def _perplexity(model: str, data: str, against: str, activation: str | None, context: int | None,
-                windows: int | None, field: str, batch_size: int | None) -> Found:
+def _perplexity(model: str, data: str, against: str, activation: str | None, device: str,
+                context: int | None, windows: int | None, field: str, batch_size: int | None
+                ) -> Found:
     if not data:
         raise UsageError("name a text: --data FILE.txt, FILE.jsonl or a hub id")
     from ..calibration.text import check_ids, read_texts, token_windows
@@ -130,10 +132,10 @@ def _perplexity(model: str, data: str, against: str, activation: str | None, con
 
     # The text first: a wrong path should not cost the loading of a model.
     texts = read_texts(data, field=field, split="test")
-    tested, tokenizer = load_model(model, activation=activation)
+    tested, tokenizer = load_model(model, activation=activation, device=device)
     dense = None
     if against:
-        dense, dense_tokenizer = load_model(against)
+        dense, dense_tokenizer = load_model(against, device=device)
         tokenizer = tokenizer or dense_tokenizer
     _need(tokenizer, model)
     length = context or min(language.context_length(tested) or _LONGEST, _LONGEST)
@@ -180,8 +182,8 @@ def _perplexity_row(result: dict[str, Any]) -> dict[str, str]:
     return row
 
 
-def _task(model: str, task: str, work: list[Any], against: str, activation: str | None
-          ) -> tuple[Found, str]:
+def _task(model: str, task: str, work: list[Any], against: str, activation: str | None,
+          device: str) -> tuple[Found, str]:
     """Measure a model, then the dense one, so that neither counts in the other's memory.
 
     Returns what is found and the predictions as jsonl.
@@ -191,8 +193,8 @@ def _task(model: str, task: str, work: list[Any], against: str, activation: str 
 
     for name in filter(None, (model, against)):  # a wrong path should not show after an hour
         _check_places(name, work)
-    found = _measure(model, work, activation)
-    dense = _measure(against, work, None) if against else None
+    found = _measure(model, work, activation, device)
+    dense = _measure(against, work, None, device) if against else None
     return (outcome.to_dict(found, task, dense), table(*outcome.table(found, dense)),
             outcome.card_rows(found, dense)), outcome.predictions(found, dense)
 
@@ -211,7 +213,7 @@ def _check_places(model: str, work: list[Any]) -> None:
         raise LoadError(f"{folder} has no config.json: is it a model folder?")
 
 
-def _measure(model: str, work: list[Any], activation: str | None) -> Any:
+def _measure(model: str, work: list[Any], activation: str | None, device: str) -> Any:
     """Return what a model scores: of several tasks, those that it is for."""
     from ..evaluate.language import EvaluationError
     from ..evaluate.load import load_model
@@ -228,7 +230,7 @@ def _measure(model: str, work: list[Any], activation: str | None) -> Any:
             continue
         if wanted != place:
             loaded = tokenizer = None  # freed before the next one is loaded
-            loaded, tokenizer = load_model(wanted, activation=activation)
+            loaded, tokenizer = load_model(wanted, activation=activation, device=device)
             _need(tokenizer, wanted)
             place = wanted
         try:

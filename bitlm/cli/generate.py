@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
-from .output import ActivationOption
+from .output import ActivationOption, DeviceOption
 
 NEW_TOKENS = 128
 
@@ -21,6 +21,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     activation: ActivationOption = None,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Continue a prompt; the speed goes to stderr."""
     if not prompt:
@@ -30,7 +31,7 @@ def generate(
     from .output import activations_of
     from .streaming import load_generator, room, stream
 
-    loaded, tokenizer = load_generator(model, activation)
+    loaded, tokenizer = load_generator(model, activation, device)
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     new = room(loaded, ids.shape[1], max_new_tokens, NEW_TOKENS)

@@ -20,6 +20,7 @@ from ..scheme import ACTIVATIONS
 MODES = ", ".join(ACTIVATIONS)
 ActivationOption = Annotated[str | None, typer.Option(
     help=f"How packed layers round their inputs: {MODES} (default: as the checkpoint says).")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 _WIDTH_OF_A_FILE = 160  # a pipe has no width: rich would cut tables at 80 columns
 
 

@@ -35,9 +35,10 @@ class Writer(TextStreamer):
         sys.stdout.flush()
 
 
-def load_generator(model: str, activation: str | None = None) -> tuple[nn.Module, Any]:
+def load_generator(model: str, activation: str | None = None, device: str = "cpu"
+                   ) -> tuple[nn.Module, Any]:
     """Return a model that can generate and its tokenizer; raises LoadError for any other."""
-    loaded, tokenizer = load_model(model, activation=activation)
+    loaded, tokenizer = load_model(model, activation=activation, device=device)
     if not loaded.can_generate():
         raise LoadError(f"{model} is a {type(loaded).__name__}: it does not generate text. Measure "
                         "it with `bitlm evaluate`, or use it from Python")

@@ -13,26 +13,29 @@ from torch import nn
 
 from ..activations import set_activation
 from ..scheme import Scheme
-from ..source import SourceError, model_class, quiet, resolve
+from ..source import SourceError, has_device, model_class, quiet, resolve
 
 
 class LoadError(ValueError):
     """A model that cannot be loaded: the message says why and what to do."""
 
 
-def load_model(model: str | Path, dtype: Any = "auto", activation: str | None = None
-               ) -> tuple[nn.Module, Any | None]:
+def load_model(model: str | Path, dtype: Any = "auto", activation: str | None = None,
+               device: str = "cpu") -> tuple[nn.Module, Any | None]:
     """Return a model in eval mode and its tokenizer, None where its folder has none.
 
     model: a local folder, else a hub id. The class is the one that the config names. activation:
-    the mode of all packed layers, None for the checkpoint's own. Raises SchemeError for an unknown
-    mode, LoadError for everything that cannot be loaded, incomplete weights too.
+    the mode of all packed layers, None for the checkpoint's own. device: as torch names it. Raises
+    SchemeError for an unknown mode, LoadError for a device that is not there and for everything
+    that cannot be loaded, incomplete weights too.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
     if activation is not None:
         Scheme(activation=activation)
+    if not has_device(device):
+        raise LoadError(f"no device {device!r} here: leave --device out to use the CPU")
     with _quiet_hub():
         try:
             folder = resolve(model)
@@ -64,7 +67,7 @@ def load_model(model: str | Path, dtype: Any = "auto", activation: str | None = 
             set_activation(loaded, activation)
         except ValueError as error:
             raise LoadError(f"{model}: {_line(error)}") from None
-    return loaded.eval(), load_tokenizer(folder)
+    return loaded.to(device).eval(), load_tokenizer(folder)
 
 
 def load_tokenizer(folder: Path) -> Any | None:

@@ -68,6 +68,7 @@ def test_a_dense_folder_gets_no_card(run, zoo):
     (["--data", "TEXT", "--context", "200"], 1, "reads at most 128"),
     (["--data", "TEXT", "--json", "missing/out.json"], 1, "missing: no such folder"),
     (["--data", "TEXT", "--against", "BERT"], 1, "no causal language model"),
+    (["--data", "TEXT", "--device", "gpu"], 1, "no device 'gpu' here: leave --device out"),
 ])
 def test_what_is_refused(run, zoo, options, code, words):
     places = {"TEXT": zoo / "text.txt", "BERT": zoo / "bert"}

@@ -41,6 +41,7 @@ def test_the_default_length_stays_within_the_context(run, zoo):
     ("llama", ["-p", ""], 2, "prompt is empty"),
     ("llama", ["-p", "x", "--max-new-tokens", "1000"], 1, "do not fit"),
     ("llama", ["-p", "x" * 200], 1, "do not fit"),
+    ("llama", ["-p", "x", "--device", "cuda:77"], 1, "no device 'cuda:77' here"),
 ])
 def test_what_is_refused(run, zoo, model, options, code, words):
     result = run("generate", zoo / model, *options)
