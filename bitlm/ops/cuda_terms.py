@@ -6,6 +6,7 @@ inputs joined into one, where rows' salient values begin, bit planes gathered fo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .bits import pack_bits, unpack_bits
-from .cache import OfTensors, must_fit
+from .cache import OfTensors, must_fit, undisturbed
 from .cuda_structs import MANY_PASSES, MAX_PASSES, STEP_COLUMNS, Pass
-from .form import Form, chains, damaged_columns, planes, row
+from .form import Form, chains, damaged_columns, parse, planes, row
 from .structs import TYPES
 
 Tensors = dict[str, Tensor]
@@ -222,6 +223,27 @@ class Terms(OfTensors):
         if not tensor.is_contiguous():
             tensor = self._keep(tensor)
         return tensor.data_ptr()
+
+
+_known: dict[int, Terms] = {}  # by the address of the first tensor
+
+
+def terms(text: str, tensors: Sequence[Tensor]) -> Terms:
+    """Return the terms of a weight; makes them at the first call, which waits for the device."""
+    address = tensors[0].data_ptr()
+    found = _known.get(address)
+    if found is None or found.form is not parse(text) or not found.is_of(tensors):
+        with undisturbed():
+            found = Terms(parse(text), tensors)
+        _known[address] = found
+        weakref.finalize(tensors[0], _forget, address, weakref.ref(found)).atexit = False
+    return found
+
+
+def _forget(address: int, entry: weakref.ref[Terms]) -> None:
+    found = entry()
+    if found is not None and _known.get(address) is found:
+        del _known[address]
 
 
 def _fits_many(form: Form, part: Part) -> bool:

@@ -26,7 +26,7 @@ from harness.gpu import Graph, copy_bandwidth, describe
 from harness.gpu_layers import DTYPE, Layer, Work, engines
 from harness.gpu_llama import decode
 
-from bitlm.ops import cuda, cuda_table
+from bitlm.ops import cuda_launch, cuda_table
 
 WORKS = [
     *(Work("decode", *shape, 1) for shape in ((4096, 4096), (11008, 4096), (4096, 11008),
@@ -133,7 +133,7 @@ def tune(rounds: int) -> str:
 
 
 def _median(layer: Layer, rounds: int, settings: cuda_table.Settings) -> float:
-    with patch.object(cuda, "_settings", lambda device: settings):
+    with patch.object(cuda_launch, "_settings", lambda device: settings):
         graph = Graph(engines(layer)["bitlm"])
     return statistics.median(graph.microseconds() for _ in range(rounds))
 

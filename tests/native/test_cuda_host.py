@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitlm.ops import cuda, cuda_table, library, reference
+from bitlm.ops import cuda, cuda_launch, cuda_table, cuda_terms, library, reference
 from bitlm.ops.structs import ACTIVATIONS
 from tests.native import cuda_host
 from tests.native.test_kernel import (
@@ -114,8 +114,8 @@ def test_float_mode_of_16_bits_is_far_below_their_own_rounding():
 
 def _in_fp32(x: Tensor, form, tensors) -> Tensor:
     """Return a product of 16-bit inputs before it is rounded to their dtype."""
-    part = cuda.terms(form.text, tensors).parts[0]
-    call = cuda._Call(cuda.terms(form.text, tensors), {}, x, 0, None)
+    part = cuda_terms.terms(form.text, tensors).parts[0]
+    call = cuda_launch._Call(cuda_terms.terms(form.text, tensors), {}, x, 0, None)
     y = torch.full((len(x), form.rows), float("nan"))
     call._product(part.products[0], y, 0)
     return y
@@ -144,7 +144,7 @@ def test_a_block_may_stage_its_token_or_not(monkeypatch):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_many_tokens_are_multiplied_by_dense_pieces(dtype: torch.dtype, monkeypatch):
-    monkeypatch.setattr(cuda, "_settings", lambda device: cuda_table.Settings(dense_tokens=1,
+    monkeypatch.setattr(cuda_launch, "_settings", lambda device: cuda_table.Settings(dense_tokens=1,
                                                                              dense_tokens_alone=1))
     monkeypatch.setattr(cuda_table, "DENSE_PIECE_BYTES", 0)
     for columns, kinds in ((256, ("binary", "ternary")), (250, ("trits",))):
@@ -179,7 +179,7 @@ def test_many_tokens(rows, columns, group, kinds, tiles, kernels, monkeypatch):
 
 
 def test_many_tokens_of_parts_with_input_scales(monkeypatch):
-    monkeypatch.setattr(cuda, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
+    monkeypatch.setattr(cuda_launch, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
     form, named = plain.example(("signs",), ("input_scales",), 24, 128, 64, parts=3)
     tensors, bias = list(named.values()), torch.randn(form.rows)
     x = torch.randn(2, 5, 128).half()
@@ -189,7 +189,7 @@ def test_many_tokens_of_parts_with_input_scales(monkeypatch):
 
 
 def test_many_tokens_of_experts(kernels, monkeypatch):
-    monkeypatch.setattr(cuda, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
+    monkeypatch.setattr(cuda_launch, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
     form, named = plain.example(("signs",), ("shift",), 70, 128, 64, experts=4)
     tensors, bias = list(named.values()), torch.randn(4, 70)
     for ends in ([0, 0, 0, 0], [3, 3, 9, 140], [140, 140, 140, 140], [5, 133, 133, 138]):
@@ -202,7 +202,7 @@ def test_many_tokens_of_experts(kernels, monkeypatch):
 
 
 def test_infinities_and_nan_in_many_tokens(monkeypatch):
-    monkeypatch.setattr(cuda, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
+    monkeypatch.setattr(cuda_launch, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
     form, tensors = random_weight(70, 128, 64, ("ternary",))
     x = torch.randn(4, 128).half()
     x[1, 77], x[2, 3] = float("nan"), float("inf")
@@ -343,11 +343,11 @@ def test_changed_tensors_are_looked_at_again():
 
 def test_terms_go_with_their_tensors():
     form, tensors = random_weight(70, 96, 32, ("binary",))
-    before = len(cuda._known)
+    before = len(cuda_terms._known)
     native(torch.randn(96), tensors, form)
-    assert len(cuda._known) == before + 1
+    assert len(cuda_terms._known) == before + 1
     del tensors
-    assert len(cuda._known) == before
+    assert len(cuda_terms._known) == before
 
 
 def test_damaged_tensors_are_refused():
@@ -378,14 +378,14 @@ def test_cards_that_the_library_was_not_built_for():
 
 def test_a_card_whose_kernels_are_wrong_goes_to_the_reference(monkeypatch):
     assert cuda.disagreement(torch.device("cpu")) is None
-    product, rows = cuda._linear, cuda._rows
-    wrong = {"_linear": lambda *args: product(*args) * 1.05,
-             "_rows": lambda *args: rows(*args).roll(1, 0)}
+    product, rows = cuda_launch.linear, cuda_launch.rows
+    wrong = {"linear": lambda *args: product(*args) * 1.05,
+             "rows": lambda *args: rows(*args).roll(1, 0)}
     for name, kernel in wrong.items():
         with monkeypatch.context() as patch:
-            patch.setattr(cuda, name, kernel)
+            patch.setattr(cuda_launch, name, kernel)
             assert "than the reference (48x512 signs" in cuda.disagreement(torch.device("cpu"))
-    monkeypatch.setattr(cuda, "_linear", lambda *args: product(*args) * float("nan"))
+    monkeypatch.setattr(cuda_launch, "linear", lambda *args: product(*args) * float("nan"))
     assert "other products" in cuda.disagreement(torch.device("cpu"))
 
 
@@ -393,7 +393,7 @@ def test_a_card_on_which_kernels_fail_goes_to_the_reference(monkeypatch):
     def launch(*args):
         raise RuntimeError("cudaErrorNoKernelImageForDevice")
 
-    monkeypatch.setattr(cuda, "_launch", launch)
+    monkeypatch.setattr(cuda_launch, "_launch", launch)
     assert cuda.disagreement(torch.device("cpu")) == \
         "the CUDA kernels failed on 48x512 signs: cudaErrorNoKernelImageForDevice"
 
@@ -401,7 +401,7 @@ def test_a_card_on_which_kernels_fail_goes_to_the_reference(monkeypatch):
 def test_errors_have_their_name(kernels, monkeypatch):
     form, tensors = random_weight(8, 64, 32, ("binary",))
     monkeypatch.setattr(cuda_table, "staging_bytes", lambda units, digits: 0)
-    monkeypatch.setattr(cuda, "units_of", lambda columns, group: (1 << 20, 1))
+    monkeypatch.setattr(cuda_launch, "units_of", lambda columns, group: (1 << 20, 1))
     with pytest.raises(RuntimeError, match="cudaErrorInvalidConfiguration"):
         native(torch.randn(1, 64), tensors, form)
 
