@@ -87,12 +87,10 @@ BITLM_API int bitlm_cuda_product_launch(const bitlm_cuda_product* call, void* st
 
 // ---- Products of many tokens of 16 bits ----------------------------------------------------------
 
-// x in the order in which the product reads it: columns a multiple of 32, times multipliers.
+// x in the order in which the product reads it; columns: a multiple of 32.
 typedef struct bitlm_cuda_order {
-  const void* x;            // [tokens][columns], of type
-  void* ordered;            // the same shape and type
-  const void* multipliers;  // [columns] or null
-  int32_t type, multiplier_type;
+  const uint16_t* x;  // [tokens][columns], fp16 or bf16
+  uint16_t* ordered;  // the same
   int32_t tokens, columns;
 } bitlm_cuda_order;
 

@@ -3,12 +3,15 @@ enable_language(CUDA)
 
 set(architectures)
 set(probe)
+list(SORT BITLM_CUDA_ARCHITECTURES COMPARE NATURAL)
 foreach(architecture ${BITLM_CUDA_ARCHITECTURES})
   list(APPEND architectures ${architecture}-real)
   list(APPEND probe -gencode=arch=compute_${architecture},code=sm_${architecture})
 endforeach()
 list(GET BITLM_CUDA_ARCHITECTURES -1 newest)
-list(APPEND architectures ${newest}-virtual)
+if(newest MATCHES "^[0-9]+$")  # what is special to a card, as 90a, has no successors
+  list(APPEND architectures ${newest}-virtual)
+endif()
 string(REPLACE ";" " " named "${BITLM_CUDA_ARCHITECTURES}")
 
 # An nvcc that cannot build one kernel for these architectures (too old, the wrong host compiler) is

@@ -114,14 +114,16 @@ BITLM_DEVICE char* block_memory() {
   return memory;
 }
 
+// most_shared_bytes: of any launch of the kernel, where one may be above 48 KiB. It is set every time,
+// to the same, so that threads which launch at once do not lower each other's limit.
 template <class Call>
 int launch(void (*kernel)(Call), const Call& call, dim3 blocks, int threads, int shared_bytes,
-           void* stream) {
+           void* stream, int most_shared_bytes = 0) {
   if (!blocks.x || !blocks.y || !blocks.z) return cudaSuccess;
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 * 1024) {
+  if (most_shared_bytes > 48 * 1024) {
     cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes);
     if (error != cudaSuccess) return error;
   }
   void* arguments[] = {const_cast<Call*>(&call)};

@@ -20,7 +20,8 @@ int start_many(const bitlm_cuda_many& call, void* stream) {
   int memory = many_memory(R, call.count);
   auto kernel = call.type == BITLM_FLOAT16 ? many_kernel<R, BITLM_FLOAT16>
                                            : many_kernel<R, BITLM_BFLOAT16>;
-  return launch(kernel, call, blocks, many_threads, memory, stream);
+  constexpr int most = many_memory(R, BITLM_CUDA_MANY_PASSES);
+  return launch(kernel, call, blocks, many_threads, memory, stream, most);
 }
 
 constexpr int order_threads = 256;
@@ -48,7 +49,7 @@ int bitlm_cuda_many_launch(const bitlm_cuda_many* call, void* stream) {
 
 int bitlm_cuda_order_launch(const bitlm_cuda_order* call, void* stream) {
   using namespace bitlm;
-  if (call->columns % word_columns || call->type == BITLM_FLOAT32) return cudaErrorInvalidValue;
+  if (call->columns % word_columns) return cudaErrorInvalidValue;
   int64_t chunks = static_cast<int64_t>(call->tokens) * (call->columns / 8);
   dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(chunks, order_threads)));
   return launch(order_kernel, *call, blocks, order_threads, 0, stream);

@@ -7,7 +7,7 @@
 // The order of columns within a product is free. x is ordered once (bitlm_cuda_order) so that lane t
 // finds what belongs to its four shifts of a word, 2t, 2t + 1, 8 + 2t and 9 + 2t, in 16 bytes.
 //
-// A block makes 64 R rows of 128 tokens, 64 columns a step, three steps ahead by asynchronous copies.
+// A block makes 64 R rows of 128 tokens, 64 columns a step, read two steps ahead by asynchronous copies.
 // Scales are applied to the sums of a group, in fp32.
 #pragma once
 
@@ -321,7 +321,7 @@ BITLM_DEVICE void many_block(const bitlm_cuda_many& call, PassRows* passes) {
 
 // Chunk t of a word of a token: columns 15 - s and 31 - s for s = 2t, 2t + 1, 8 + 2t, 9 + 2t.
 BITLM_DEVICE void order_chunk(const bitlm_cuda_order& call, int64_t token, int word, int t) {
-  const uint16_t* from = static_cast<const uint16_t*>(call.x) + token * call.columns;
+  const uint16_t* from = call.x + token * call.columns;
   Words four;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -330,17 +330,11 @@ BITLM_DEVICE void order_chunk(const bitlm_cuda_order& call, int64_t token, int w
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int column = word * word_columns + 16 * half + 15 - s;
-      uint16_t value = load<uint16_t>(from + column);
-      if (call.multipliers) {
-        float product = short_value(value, call.type) *
-                        float_at(call.multipliers, call.multiplier_type, column);
-        value = call.type == BITLM_FLOAT16 ? half_of(product) : bfloat_of(product);
-      }
-      pair |= static_cast<uint32_t>(value) << 16 * half;
+      pair |= static_cast<uint32_t>(load<uint16_t>(from + column)) << 16 * half;
     }
     four.word[i] = pair;
   }
-  uint16_t* to = static_cast<uint16_t*>(call.ordered) + token * call.columns;
+  uint16_t* to = call.ordered + token * call.columns;
   *reinterpret_cast<Words*>(to + word * word_columns + 8 * t) = four;
 }
 

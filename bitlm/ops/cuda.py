@@ -6,12 +6,15 @@ CUDA graph once the weight has been used (cuda_terms.py looks at the tensors at 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.library import Library
 
 from . import cuda_check, cuda_launch, reference
 from . import library as native
+from .cuda_table import Settings
 from .cuda_terms import terms
 from .cuda_terms import unsupported as unsupported_form
 from .form import Form, parse
@@ -70,6 +73,7 @@ def packed_linear(x: Tensor, tensors: list[Tensor], form: str, bias: Tensor | No
     if reason:
         _note(reason)
         return reference.packed_linear(x, tensors, form, bias, offsets, activation, step)
+    _must_be_on(x.device, [*tensors, bias])
     flat = x.reshape(-1, layout.columns).contiguous()
     with cuda_launch.on(x.device):
         y = cuda_launch.linear(flat, tensors, layout, bias, offsets, activation, step)
@@ -83,6 +87,7 @@ def packed_embedding(ids: Tensor, tensors: list[Tensor], form: str, dtype: torch
     if reason or layout.experts:
         _note(reason or "rows of experts have no kernel")
         return reference.packed_embedding(ids, tensors, form, dtype)
+    _must_be_on(ids.device, tensors)
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     with cuda_launch.on(ids.device):
         return cuda_launch.rows(terms(form, tensors), flat, flat.numel(), dtype).reshape(
@@ -96,11 +101,20 @@ def dequantize(tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
     if reason:
         _note(reason)
         return reference.dequantize(tensors, form, dtype)
+    _must_be_on(tensors[0].device, tensors)
     rows = layout.rows * (layout.experts or 1)
     with cuda_launch.on(tensors[0].device):
         dense = cuda_launch.rows(terms(form, tensors), None, rows, dtype)
     shape = (layout.rows, layout.columns)
     return dense.reshape((layout.experts, *shape) if layout.experts else shape)
+
+
+def _must_be_on(device: torch.device, tensors: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError for a tensor on another device, whose address would mean nothing."""
+    other = next((t.device for t in tensors if t is not None and t.device != device), None)
+    if other:
+        raise RuntimeError(f"expected all tensors on {device}, one is on {other}: move the model "
+                           "or its inputs")
 
 
 def unfit(device: torch.device) -> str | None:
@@ -118,8 +132,9 @@ def unfit(device: torch.device) -> str | None:
 
 def disagreement(device: torch.device) -> str | None:
     """Return how the kernels differ from the reference on a device, or None."""
-    def linear(x: Tensor, tensors: list[Tensor], form: Form, activation: str) -> Tensor:
-        return cuda_launch.linear(x, tensors, form, None, None, activation, None)
+    def linear(x: Tensor, tensors: list[Tensor], form: Form, activation: str,
+               settings: Settings) -> Tensor:
+        return cuda_launch.linear(x, tensors, form, None, None, activation, None, settings)
 
     def dense(tensors: list[Tensor], form: Form) -> Tensor:
         return cuda_launch.rows(terms(form.text, tensors), None, form.rows, torch.float32)
@@ -129,10 +144,13 @@ def disagreement(device: torch.device) -> str | None:
 
 
 def _no_code(architectures: str, major: int, minor: int) -> str | None:
-    """Machine code runs within its generation, the newest one's PTX on all later cards."""
-    built = [int(name.rstrip("af")) for name in architectures.split()]
-    card = 10 * major + minor
-    if max(built) <= card or any(own // 10 == major and own <= card for own in built):
+    """Machine code runs within its generation, and the newest one's PTX on all later cards; that
+    of 90a is for its own card alone, and has no PTX."""
+    names, card = architectures.split(), 10 * major + minor
+    plain = [int(name) for name in names if name.isdigit()]
+    if any(int(name.rstrip("af")) == card for name in names) or \
+            any(own // 10 == major and own <= card for own in plain) or \
+            (plain and names[-1].isdigit() and plain[-1] <= card):
         return None
     return f"the CUDA kernels are built for {architectures}, this card has {card}"
 

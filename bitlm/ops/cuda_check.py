@@ -1,6 +1,8 @@
 """Whether the kernels compute on a card what the reference does: a look before they are trusted.
 
-A compiler, a driver or a card that nobody has tried must cost speed and a message, not the model.
+A compiler, a driver or a card that nobody has tried, and that makes wrong numbers or refuses a
+launch, must cost speed and a message, not the model. (An address outside of memory would still end
+the process: nothing in CUDA can be used after it.)
 """
 
 from __future__ import annotations
@@ -11,43 +13,56 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cuda_table import Settings
 from .form import Form
 
-# A kernel of each kind: rows of whole 16 bytes with groups of 128, the same with masks and one
-# group a row, and rows whose codes begin anywhere.
+# Rows, columns and group of a weight, and what it has: rows of whole 16 bytes with groups of 128,
+# the same with masks and one group a row, rows whose codes begin anywhere, and the terms that have
+# kernels of their own.
 CASES = (((48, 512, 128), ("signs",)), ((48, 384, 384), ("signs", "mask", "shift")),
-         ((40, 200, 40), ("trits",)))
-MANY = 70
-TRIED = [(tokens, dtype, activation) for tokens in (1, 9)
-         for dtype in (torch.float32, torch.float16) for activation in ("float", "int8")]
-TRIED += [(MANY, torch.float16, "float"), (MANY, torch.bfloat16, "float")]
+         ((40, 200, 40), ("trits",)), ((24, 128, 128), ("signs", "salient")),
+         ((24, 128, 128), ("signs", "ranked")))
+NEVER = 1 << 30
+BITS = Settings((1, 2, 4, 8), NEVER, NEVER, NEVER)
+# Tokens, dtype, activation and settings: every way to multiply.
+WAYS = [(tokens, dtype, activation, BITS) for tokens in (1, 9)
+        for dtype in (torch.float32, torch.float16) for activation in ("float", "int8")]
+WAYS += [(tokens, torch.float16, "float", BITS) for tokens in (2, 4)]
+WAYS += [(10, dtype, "float", Settings(many_tokens=1, dense_tokens=NEVER, many_tiles=tiles))
+         for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2)]
 # Of the size of the result; a kernel that is wrong is wrong by about all of it.
 TOLERANCE = 2e-2
 
-# (x, tensors, form, activation) -> y, and (tensors, form) -> the dense weight in float32
-Linear = Callable[[Tensor, list[Tensor], Form, str], Tensor]
+# (x, tensors, form, activation, settings) -> y, and (tensors, form) -> the dense weight in float32
+Linear = Callable[[Tensor, list[Tensor], Form, str, Settings], Tensor]
 Dense = Callable[[list[Tensor], Form], Tensor]
 
 
 def disagreement(linear: Linear, dense: Dense, device: torch.device) -> str | None:
-    """Return how kernels differ from the reference on a device, or None; waits for the device."""
+    """Return how kernels differ from the reference on a device, or None; waits for the device.
+
+    Raises torch.OutOfMemoryError, which says nothing of the kernels.
+    """
     random = torch.Generator().manual_seed(0)
     for (rows, columns, group), names in CASES:
         form, tensors = _weight(rows, columns, group, names, random)
         there = [tensor.to(device) for tensor in tensors]
         case = f"{rows}x{columns} {'+'.join(names)}"
         try:
-            if _error(dense(there, form), reference.dequantize(tensors, form.text,
-                                                               torch.float32)) > 1e-5:
-                return f"the CUDA kernels give other dense weights than the reference ({case})"
-            for tokens, dtype, activation in TRIED:
+            if "ranked" not in names:
+                expected = reference.dequantize(tensors, form.text, torch.float32)
+                if not _error(dense(there, form), expected) <= 1e-5:
+                    return f"the CUDA kernels give other dense weights than the reference ({case})"
+            for tokens, dtype, activation, settings in WAYS:
                 x = torch.randn(tokens, columns, generator=random).to(dtype)
-                y = linear(x.to(device), there, form, activation)
+                y = linear(x.to(device), there, form, activation, settings)
                 expected = reference.packed_linear(x.float(), tensors, form.text, None, None,
                                                    activation)
                 if not _error(y, expected) <= TOLERANCE:
                     return ("the CUDA kernels give other products than the reference "
                             f"({case}, {tokens} tokens, {dtype}, {activation})")
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             return f"the CUDA kernels failed on {case}: {error}"
     return None
@@ -55,20 +70,32 @@ def disagreement(linear: Linear, dense: Dense, device: torch.device) -> str | No
 
 def _weight(rows: int, columns: int, group: int, names: tuple[str, ...], random: torch.Generator
             ) -> tuple[Form, list[Tensor]]:
-    """Return a random weight of one plane."""
-    def codes(width: int, most: int) -> Tensor:
+    """Return a random weight of one plane, with the terms named."""
+    def codes(width: int, most: int = 256) -> Tensor:
         return torch.randint(0, most, (rows, width), generator=random, dtype=torch.uint8)
 
-    def scales() -> Tensor:
-        values = torch.rand(rows, -(-columns // group), generator=random) + 0.5
-        return values.to(torch.float16)
+    def scales(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=random) + 0.5).to(torch.float16)
 
-    planes = {"signs": (-(-columns // 8), 256), "mask": (-(-columns // 8), 256),
-              "trits": (-(-columns // 5), 3 ** 5)}
-    named = {f"plane0.{name}": codes(*planes[name]) for name in names if name in planes}
-    named["plane0.scales"] = scales()
+    groups, width = -(-columns // group), -(-columns // 8)
+    named: dict[str, Tensor] = {}
+    for name in ("signs", "mask"):
+        if name in names:
+            named[f"plane0.{name}"] = codes(width)
+    if "trits" in names:
+        named["plane0.trits"] = codes(-(-columns // 5), 3 ** 5)
+    if "ranked" in names:
+        named["plane0.row_scales"] = scales(rows, 2)
+        named["plane0.column_scales"] = scales(1, 2, columns)
+    else:
+        named["plane0.scales"] = scales(rows, groups)
     if "shift" in names:
-        named["shift"] = scales()
+        named["shift"] = scales(rows, groups)
+    if "salient" in names:
+        mask = codes(width)
+        count = sum(int(byte).bit_count() for byte in mask.flatten())
+        named |= {"salient.mask": mask, "salient.values": codes(columns).view(1, -1)[:, :count],
+                  "salient.scales": scales(rows) / 64, "salient.zeros": codes(1).view(-1)}
     return Form(rows, columns, tuple(named), group, 1), list(named.values())
 
 

@@ -28,6 +28,7 @@ from .cuda_structs import (
     Salient,
     units_of,
 )
+from .cuda_table import Settings
 from .cuda_terms import Part, Source, Terms, terms
 from .cuda_terms import Product as ProductTerm
 from .form import Form, planes
@@ -45,19 +46,23 @@ def on(device: torch.device) -> AbstractContextManager:
 
 
 def linear(x: Tensor, tensors: list[Tensor], form: Form, bias: Tensor | None,
-           offsets: Tensor | None, activation: str, step: Tensor | None) -> Tensor:
+           offsets: Tensor | None, activation: str, step: Tensor | None,
+           settings: Settings | None = None) -> Tensor:
     """Return the product [tokens, N] of x [tokens, K] by the kernels, on the current device.
 
+    offsets, step: moved to it. settings: None for what suits the card.
     Raises RuntimeError for a bias or offsets of another shape, and with the name of a CUDA error.
     """
     weight = terms(form.text, tensors)
-    work = _work(x, weight, activation)
+    settings = settings or settings_of(x.device)
+    work = _work(x, weight, activation, settings)
     if work == "dense":
         return _dense_linear(x, weight, _bias(bias, form))
     if work == "many":
-        return _many_linear(x, weight, _bias(bias, form), _offsets(offsets, form))
-    call = _Call(weight, dict(zip(form.names, tensors)), x, _NUMBERS[activation], step)
-    return call.linear(_bias(bias, form), _offsets(offsets, form))
+        return _many_linear(x, weight, _bias(bias, form), _offsets(offsets, form, x.device),
+                            settings)
+    call = _Call(weight, dict(zip(form.names, tensors)), x, _NUMBERS[activation], step, settings)
+    return call.linear(_bias(bias, form), _offsets(offsets, form, x.device))
 
 
 def no_rows(form: Form) -> str | None:
@@ -96,10 +101,10 @@ class _Call:
     """One call of a linear layer: x [tokens, K] and what is launched for it."""
 
     def __init__(self, weight: Terms, named: dict[str, Tensor], x: Tensor, activation: int,
-                 step: Tensor | None) -> None:
+                 step: Tensor | None, settings: Settings) -> None:
         self.weight, self.named, self.x = weight, named, x
-        self.activation = activation
-        self.step = None if step is None else step.to(torch.float32).contiguous()
+        self.activation, self.settings = activation, settings
+        self.step = None if step is None else step.to(x.device, torch.float32).contiguous()
         self.staged: dict[tuple[Source, bool], _Staged] = {}
 
     def linear(self, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -193,7 +198,7 @@ class _Call:
                        0 if offsets is None else offsets.data_ptr(), len(term.passes), term.rows,
                        y.shape[1], column, TYPES[y.dtype],
                        0 if bias is None else TYPES[bias.dtype], experts,
-                       _settings(x.device).block(rows), alone)
+                       self.settings.block(rows // (experts or 1)), alone)
         _launch("bitlm_cuda_product_launch", call, y.device)
 
     def _digits(self, x: Tensor) -> int:
@@ -238,48 +243,40 @@ class _Call:
         return staged
 
 
-def _work(x: Tensor, weight: Terms, activation: str) -> str:
+def _work(x: Tensor, weight: Terms, activation: str, settings: Settings) -> str:
     """Return how a product is made: see cuda_table.Settings."""
     form = weight.form
     if activation != "float" or x.dtype == torch.float32:
         return "bits"
-    return _settings(x.device).work(len(x) // (form.experts or 1), weight.many,
-                                    not form.experts and no_rows(form) is None)
+    return settings.work(len(x) // (form.experts or 1), weight.many,
+                         not form.experts and no_rows(form) is None)
 
 
-def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
+def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor | None,
+                 settings: Settings) -> Tensor:
     """Return x @ W.T + bias in the dtype of x, W made of codes in registers."""
     form = weight.form
     y = (x.new_zeros if form.experts else x.new_empty)(len(x), form.rows)
     if not y.numel():
         return y
-    ordered: dict[Source, Tensor] = {}
+    ordered = torch.empty_like(x)
+    _launch("bitlm_cuda_order_launch", Order(x.data_ptr(), ordered.data_ptr(), *x.shape), x.device)
     for part in weight.parts:
         product, = part.products
-        if product.source not in ordered:
-            ordered[product.source] = _ordered(x, product.source.multipliers)
         own = None if bias is None else bias[..., part.first:part.first + part.rows].contiguous()
         _launch("bitlm_cuda_many_launch", Many(
-            (Pass * MANY_PASSES)(*product.passes), ordered[product.source].data_ptr(),
+            (Pass * MANY_PASSES)(*product.passes), ordered.data_ptr(),
             y.data_ptr(), 0, 0 if own is None else own.data_ptr(),
             0 if offsets is None else offsets.data_ptr(), len(product.passes), part.rows,
             form.columns, form.group_size, len(x), y.shape[1], part.first, TYPES[x.dtype],
             0 if own is None else TYPES[own.dtype], form.experts,
-            cuda_table.many_tiles(part.rows, len(x), _multiprocessors(x.device))), x.device)
+            settings.tiles(part.rows, len(x), _multiprocessors(x.device))), x.device)
     return y
 
 
-def _ordered(x: Tensor, multipliers: Tensor | None) -> Tensor:
-    """Return x times multipliers, columns in the order in which the kernel reads them."""
-    ordered = torch.empty_like(x)
-    _launch("bitlm_cuda_order_launch", Order(
-        x.data_ptr(), ordered.data_ptr(), 0 if multipliers is None else multipliers.data_ptr(),
-        TYPES[x.dtype], 0 if multipliers is None else TYPES[multipliers.dtype], *x.shape), x.device)
-    return ordered
-
-
 @cache
-def _settings(device: torch.device) -> cuda_table.Settings:
+def settings_of(device: torch.device) -> Settings:
+    """Return what suits a card."""
     if device.type != "cuda":
         return cuda_table.DEFAULT
     return cuda_table.settings(torch.cuda.get_device_capability(device))
@@ -342,9 +339,9 @@ def _bias(bias: Tensor | None, form: Form) -> Tensor | None:
     return (bias if bias.dtype in TYPES else bias.float()).contiguous()
 
 
-def _offsets(offsets: Tensor | None, form: Form) -> Tensor | None:
+def _offsets(offsets: Tensor | None, form: Form, device: torch.device) -> Tensor | None:
     if not form.experts:
         return None
     if offsets is None or offsets.shape != (form.experts,):
         raise RuntimeError(f"a weight of {form.experts} experts needs {form.experts} offsets")
-    return offsets.to(torch.int32).contiguous()
+    return offsets.to(device, torch.int32).contiguous()

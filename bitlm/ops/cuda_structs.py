@@ -32,8 +32,7 @@ class Product(Structure):
 
 
 class Order(Structure):
-    _fields_ = [*fields("x ordered multipliers", c_void_p),
-                *fields("type multiplier_type tokens columns", c_int32)]
+    _fields_ = [*fields("x ordered", c_void_p), *fields("tokens columns", c_int32)]
 
 
 class Many(Structure):

@@ -28,13 +28,15 @@ class Settings:
     become floats in registers: less work by token than bits, more before the first one.
     dense_tokens: from so many on, cuBLAS multiplies by a dense copy, piece by piece: its
     instructions are faster by token, and making the copy is little beside it. dense_tokens_alone:
-    the same where there is no kernel for many tokens.
+    the same where there is no kernel for many tokens. many_tiles: 1 or 2, a block of it makes 64 or
+    128 rows; 0: the more, where there are still blocks enough for the card.
     """
 
     block_tokens: tuple[int, int, int, int] = (1, 2, 4, 8)
     many_tokens: int = 48
     dense_tokens: int = 1024
     dense_tokens_alone: int = 256
+    many_tiles: int = 0
 
     def block(self, tokens: int) -> int:
         """Return how many of `tokens` tokens a block of a bit product takes."""
@@ -48,6 +50,11 @@ class Settings:
         if dense and tokens >= (self.dense_tokens if many else self.dense_tokens_alone):
             return "dense"
         return "many" if many and tokens >= self.many_tokens else "bits"
+
+    def tiles(self, rows: int, tokens: int, multiprocessors: int) -> int:
+        """Return the tiles of a product of many tokens: see many_tiles."""
+        enough = -(-rows // 128) * -(-tokens // 128) >= multiprocessors
+        return self.many_tiles or 1 + enough
 
 
 DEFAULT = Settings()
@@ -81,11 +88,6 @@ def _key(capability: tuple[int, int]) -> str:
 def staging_bytes(units: int, digits: int) -> int:
     """Return the shared memory of a staged token: words, sums and scale of each unit."""
     return units * (4 * (32 * digits + 4) + (32 if digits == 3 else 16) + 4)
-
-
-def many_tiles(rows: int, tokens: int, multiprocessors: int) -> int:
-    """Return whether blocks make 64 (1) or 128 (2) rows: fewer, where there are blocks enough."""
-    return 2 if -(-rows // 128) * -(-tokens // 128) >= multiprocessors else 1
 
 
 def dense_rows(columns: int) -> int:

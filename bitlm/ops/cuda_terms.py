@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -125,7 +126,8 @@ class Terms(OfTensors):
         scales = named["input_scales"].float() if "input_scales" in named else None
         kept_scales = scales  # of what salient columns leave
         if "salient.columns" in named:
-            kept_scales = torch.ones(form.columns, device=named["salient.columns"].device) \
+            kept_scales = torch.ones(form.columns, dtype=torch.float32,
+                                     device=named["salient.columns"].device) \
                 if scales is None else scales.clone()
             kept_scales[named["salient.columns"].long()] = 0.0
         whole = Source(form.columns, form.group_size, None, self._keep(kept_scales))
@@ -229,15 +231,40 @@ _known: dict[int, Terms] = {}  # by the address of the first tensor
 
 
 def terms(text: str, tensors: Sequence[Tensor]) -> Terms:
-    """Return the terms of a weight; makes them at the first call, which waits for the device."""
+    """Return the terms of a weight; makes them at the first call, which waits for the device.
+
+    Raises RuntimeError where that call is in the capture of a graph, which would own what is made.
+    """
     address = tensors[0].data_ptr()
     found = _known.get(address)
     if found is None or found.form is not parse(text) or not found.is_of(tensors):
-        with undisturbed():
-            found = Terms(parse(text), tensors)
+        found = _made(parse(text), tensors)
         _known[address] = found
         weakref.finalize(tensors[0], _forget, address, weakref.ref(found)).atexit = False
     return found
+
+
+def _made(form: Form, tensors: Sequence[Tensor]) -> Terms:
+    """Make terms whose tensors are whole, and no graph's, when this returns."""
+    device = tensors[0].device
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        with undisturbed():
+            found = Terms(form, tensors)
+        if device.type == "cuda" and found.kept:
+            raise RuntimeError("a weight is used for the first time while a CUDA graph is captured:"
+                               " call the model once before")
+        return found
+
+    def make() -> Terms:
+        with torch.cuda.device(device):
+            found = Terms(form, tensors)
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    # In a thread of its own, where no pool of a graph that torch.compile warms up is in force.
+    torch.cuda.current_stream(device).synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
 
 
 def _forget(address: int, entry: weakref.ref[Terms]) -> None:
@@ -253,6 +280,7 @@ def _fits_many(form: Form, part: Part) -> bool:
     own = part.products[0]
     grouped = form.group_size >= form.columns or form.group_size % STEP_COLUMNS == 0
     return grouped and form.columns % STEP_COLUMNS == 0 and own.source.places is None and \
+        own.source.multipliers is None and \
         0 < len(own.passes) <= MANY_PASSES and \
         not any(p.trits or p.zones or p.drop or (p.signs or 0) % 8 or (p.mask or 0) % 8
                 for p in own.passes)

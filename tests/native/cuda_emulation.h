@@ -322,10 +322,10 @@ void await_copies() {
 
 template <class Call>
 int launch(void (*kernel)(Call), const Call& call, dim3 blocks, int threads, int shared_bytes,
-           void*) {
+           void*, int most_shared_bytes = 48 * 1024) {
   using namespace emulation;
   if (!blocks.x || !blocks.y || !blocks.z) return cudaSuccess;
-  if (threads > most_threads || threads % lanes || shared_bytes > most_shared ||
+  if (threads > most_threads || threads % lanes || most_shared_bytes > most_shared || shared_bytes > most_shared_bytes ||
       blocks.y > 65535 || blocks.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }

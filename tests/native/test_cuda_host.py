@@ -115,7 +115,8 @@ def test_float_mode_of_16_bits_is_far_below_their_own_rounding():
 def _in_fp32(x: Tensor, form, tensors) -> Tensor:
     """Return a product of 16-bit inputs before it is rounded to their dtype."""
     part = cuda_terms.terms(form.text, tensors).parts[0]
-    call = cuda_launch._Call(cuda_terms.terms(form.text, tensors), {}, x, 0, None)
+    call = cuda_launch._Call(cuda_terms.terms(form.text, tensors), {}, x, 0, None,
+                             cuda_table.DEFAULT)
     y = torch.full((len(x), form.rows), float("nan"))
     call._product(part.products[0], y, 0)
     return y
@@ -144,8 +145,8 @@ def test_a_block_may_stage_its_token_or_not(monkeypatch):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_many_tokens_are_multiplied_by_dense_pieces(dtype: torch.dtype, monkeypatch):
-    monkeypatch.setattr(cuda_launch, "_settings", lambda device: cuda_table.Settings(dense_tokens=1,
-                                                                             dense_tokens_alone=1))
+    monkeypatch.setattr(cuda_launch, "settings_of", lambda device: cuda_table.Settings(
+        dense_tokens=1, dense_tokens_alone=1))
     monkeypatch.setattr(cuda_table, "DENSE_PIECE_BYTES", 0)
     for columns, kinds in ((256, ("binary", "ternary")), (250, ("trits",))):
         form, tensors = random_weight(300, columns, 64, kinds, shift=True)
@@ -164,7 +165,8 @@ def test_many_tokens_are_multiplied_by_dense_pieces(dtype: torch.dtype, monkeypa
     (37, 64, None, ("binary",)), (150, 384, 128, ("binary",)), (64, 256, 64, ("ternary", "binary")),
     (128, 320, None, ("ternary",))])
 def test_many_tokens(rows, columns, group, kinds, tiles, kernels, monkeypatch):
-    monkeypatch.setattr(cuda_table, "many_tiles", lambda *shape: tiles)
+    monkeypatch.setattr(cuda_launch, "settings_of",
+                        lambda device: cuda_table.Settings(many_tiles=tiles))
     form, tensors = random_weight(rows, columns, group, kinds, shift=columns > 256)
     for backwards, dtype in enumerate((torch.float16, torch.bfloat16)):
         kernels.bitlm_cuda_emulate_backwards(backwards)
@@ -178,18 +180,22 @@ def test_many_tokens(rows, columns, group, kinds, tiles, kernels, monkeypatch):
         assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise).all()
 
 
-def test_many_tokens_of_parts_with_input_scales(monkeypatch):
-    monkeypatch.setattr(cuda_launch, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
-    form, named = plain.example(("signs",), ("input_scales",), 24, 128, 64, parts=3)
-    tensors, bias = list(named.values()), torch.randn(form.rows)
-    x = torch.randn(2, 5, 128).half()
-    y = native(x, tensors, form, bias)
-    exact = reference.packed_linear(x.double(), tensors, form.text, bias)
-    assert (y - exact).norm() < 1e-3 * exact.norm()
+def test_input_scales_are_not_rounded_to_16_bits(monkeypatch):
+    monkeypatch.setattr(cuda_launch, "settings_of",
+                        lambda device: cuda_table.Settings(many_tokens=1))
+    form, named = plain.example(("signs",), ("input_scales",), 24, 128, 64)
+    named["input_scales"] *= 8000
+    named["plane0.scales"] /= 10000
+    x = torch.randn(5, 128).half() * 30  # times its scale, far above what fp16 holds
+    tensors = list(named.values())
+    y = native(x, tensors, form)
+    exact = reference.packed_linear(x.double(), tensors, form.text)
+    assert y.isfinite().all() and (y - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_many_tokens_of_experts(kernels, monkeypatch):
-    monkeypatch.setattr(cuda_launch, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
+    monkeypatch.setattr(cuda_launch, "settings_of",
+                        lambda device: cuda_table.Settings(many_tokens=1))
     form, named = plain.example(("signs",), ("shift",), 70, 128, 64, experts=4)
     tensors, bias = list(named.values()), torch.randn(4, 70)
     for ends in ([0, 0, 0, 0], [3, 3, 9, 140], [140, 140, 140, 140], [5, 133, 133, 138]):
@@ -202,7 +208,8 @@ def test_many_tokens_of_experts(kernels, monkeypatch):
 
 
 def test_infinities_and_nan_in_many_tokens(monkeypatch):
-    monkeypatch.setattr(cuda_launch, "_settings", lambda device: cuda_table.Settings(many_tokens=1))
+    monkeypatch.setattr(cuda_launch, "settings_of",
+                        lambda device: cuda_table.Settings(many_tokens=1))
     form, tensors = random_weight(70, 128, 64, ("ternary",))
     x = torch.randn(4, 128).half()
     x[1, 77], x[2, 3] = float("nan"), float("inf")
@@ -217,6 +224,8 @@ def test_which_work_tokens_are():
     assert [own.work(n, True, False) for n in (9, 10, 100)] == ["bits", "many", "many"]
     assert [own.work(n, False, True) for n in (49, 50)] == ["bits", "dense"]
     assert own.work(100, False, False) == "bits"
+    assert [own.tiles(256, 128, blocks) for blocks in (2, 3)] == [2, 1]
+    assert cuda_table.Settings(many_tiles=1).tiles(4096, 4096, 1) == 1
 
 
 def test_the_table_of_cards(monkeypatch, tmp_path):
@@ -374,6 +383,19 @@ def test_cards_that_the_library_was_not_built_for():
         [None] * 4
     assert cuda._no_code("90", 8, 0) == "the CUDA kernels are built for 90, this card has 80"
     assert cuda._no_code("86", 8, 0) and not cuda._no_code("80", 8, 6)
+    assert cuda._no_code("80 90a", 10, 0) and not cuda._no_code("80 90a", 9, 0)
+
+
+def test_tensors_on_another_device_are_refused():
+    form, tensors = random_weight(8, 64, 32, ("binary",))
+    x = torch.randn(3, 64)
+    elsewhere = [tensor.to("meta") for tensor in tensors]
+    for call in (lambda: cuda.packed_linear(x, elsewhere, form.text),
+                 lambda: cuda.packed_linear(x, tensors, form.text, torch.zeros(8, device="meta")),
+                 lambda: cuda.packed_embedding(torch.tensor([1]), elsewhere, form.text,
+                                               torch.float32)):
+        with pytest.raises(RuntimeError, match="expected all tensors on cpu, one is on meta"):
+            call()
 
 
 def test_a_card_whose_kernels_are_wrong_goes_to_the_reference(monkeypatch):

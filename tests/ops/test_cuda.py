@@ -76,7 +76,7 @@ def test_every_term(activation: str):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("batch", (1, 2, 4, 8, 16, 65, 300))
+@pytest.mark.parametrize("batch", (1, 2, 4, 8, 16, 65, 200))
 def test_layers_of_a_language_model(batch: int, dtype: torch.dtype):
     for rows, columns, group, kinds in ((4096, 4096, 128, ("binary",)),
                                         (1024, 11008, None, ("ternary",)),
@@ -89,6 +89,34 @@ def test_layers_of_a_language_model(batch: int, dtype: torch.dtype):
         rounding = torch.finfo(dtype).eps * 0.51 + 1e-6
         noise = (3e-5 if dtype == torch.float32 else 3e-4) * exact.norm(dim=-1, keepdim=True)
         assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise / rows ** 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_very_many_tokens_are_those_of_a_dense_layer(dtype: torch.dtype):
+    form, tensors = random_weight(1000, 4104, 128, ("trits",))
+    x = torch.randn(1500, 4104).to(dtype)
+    y = native(x, tensors, form)
+    exact = packed_linear(x.float(), tensors, form.text).double()
+    assert (y.double() - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_tensors_on_another_device_are_refused():
+    form, tensors = random_weight(70, 256, 128, ("binary",))
+    there = [tensor.to(GPU) for tensor in tensors]
+    for x, own in ((torch.randn(3, 256), there), (torch.randn(3, 256, device=GPU), tensors)):
+        with pytest.raises(RuntimeError, match="expected all tensors on"):
+            packed_linear(x, own, form.text)
+
+
+def test_a_weight_with_terms_must_be_used_before_a_capture():
+    form, named = plain.example(("signs",), ("input_scales",), 24, 128, 64)
+    there = [tensor.to(GPU) for tensor in named.values()]
+    x = torch.randn(3, 128, device=GPU)
+    packed_linear(x, there, form.text)  # the card itself is known then
+    fresh = [tensor.clone() for tensor in there]
+    with pytest.raises(RuntimeError, match="call the model once before"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            packed_linear(x, fresh, form.text)
 
 
 def test_tokens_do_not_depend_on_the_batch():

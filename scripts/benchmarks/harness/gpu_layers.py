@@ -63,7 +63,7 @@ class Layer:
         """Return the relative error of a result, of up to 32 tokens, against float64."""
         x = self.x[:32].double()
         if self.work.activation == "float":
-            weight = dequantize(self.tensors, self.form.text, torch.float32)
+            weight = reference.dequantize(self.tensors, self.form.text, torch.float32)
             exact = x @ weight.double().T
         else:
             exact = reference.packed_linear(x, self.tensors, self.form.text, None, None,

@@ -43,6 +43,7 @@ class Step:
         self.token = torch.ones(1, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
 
+    @torch.inference_mode()
     def restart(self) -> None:
         """Go back to the start: the cache counts its tokens on the device as well."""
         self.position.zero_()
