@@ -287,7 +287,7 @@ class _Elastic(Function):
         x, step, minimum = ctx.saved_tensors
         values, a = _computed(x), step.clamp(min=LEAST_STEP).reshape(())
         # 1 where the gradient passes, else 0, as floats: a CPU computes with masks far slower.
-        inside = torch.empty_like(values)
+        inside = values.new_empty(values.shape)
         if ctx.signs:
             torch.le(values.abs(), a, out=inside)
             slope = signs(values)
