@@ -427,6 +427,17 @@ BITLM_DEVICE void write_rows(const bitlm_cuda_product& call, const Sums<R, T>& s
   }
 }
 
+// Lets the codes of the block's rows, which lie side by side, come into L2.
+BITLM_DEVICE void fetch_codes(const uint8_t* codes, int64_t row_bytes, int first_row, int rows) {
+  constexpr int line_bytes = 128;
+  if (!codes) return;
+  const uint8_t* from = codes + first_row * row_bytes;
+  int64_t bytes = row_bytes * smaller(tile_rows, rows - first_row);
+  for (int64_t at = threadIdx.x * line_bytes; at < bytes; at += stage_threads * line_bytes) {
+    fetch_ahead(from + at);
+  }
+}
+
 constexpr int staged_row_words(int digits) { return digits * digit_words + 4; }  // 4: no conflicts
 
 // Bytes of dynamic shared memory: the sums of all warps, and before them a staged row.
@@ -452,6 +463,13 @@ BITLM_DEVICE void product_block(const bitlm_cuda_product& call, StageMemory& sta
     float* sums = reinterpret_cast<float*>(words + in.units * staged_row_words(D));
     float* scales = sums + in.units * row_sums;
     StagedRow to = {words, sums, scales, nullptr, staged_row_words(D), row_sums, 1};
+    // Staging takes as long as a good part of the codes needs from memory.
+    int64_t bit_bytes = (in.columns + 7) / 8, trit_bytes = (in.columns + 4) / 5;
+    for (int i = 0; i < call.count; i++) {
+      fetch_codes(call.pass[i].signs, bit_bytes, first_row, call.rows);
+      fetch_codes(call.pass[i].mask, bit_bytes, first_row, call.rows);
+      fetch_codes(call.pass[i].trits, trit_bytes, first_row, call.rows);
+    }
     stage_row<D>(in, slice.first, to, stage);
     __syncthreads();
     x = {words, sums, scales, staged_row_words(D), row_sums, 1, top_pair(in.activation)};

@@ -244,6 +244,9 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 
 namespace bitlm {
 
+// Only what is there may be fetched.
+inline void fetch_ahead(const void* address) { __ldg(static_cast<const uint8_t*>(address)); }
+
 inline float half_value(uint16_t half) { return half_to_float(half); }
 inline uint16_t half_of(float value) { return float_to_half(value); }
 inline uint16_t bfloat_of(float value) { return float_to_bfloat(value); }
