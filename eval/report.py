@@ -162,7 +162,7 @@ def _scores(results: dict[str, Any], task: str, name: str) -> list[float] | None
     """Return the headline of a task for each seed of a scheme."""
     found = [result["evaluated"] for key, result in results.items()
              if result["study"] == task and (key == f"{task}-{name}" or
-                                             key.startswith(f"{task}-{name}-"))]
+                                             key.removeprefix(f"{task}-{name}-").isdigit())]
     return [each["metrics"][each["headline"]]["value"] for each in found] or None
 
 
