@@ -58,7 +58,8 @@ CUDA = Interface(1, "bitlm_cuda_abi_version", {  # native/bitlm_cuda.h
     "bitlm_cuda_error_name": (c_char_p, c_int),
     "bitlm_cuda_error_text": (c_char_p, c_int),
     "bitlm_cuda_architectures": (c_char_p,),
-}, "there is no compiled CUDA library beside the package; reinstall bitlm on a machine with nvcc")
+}, "there is no compiled CUDA library beside the package; reinstall bitlm on a machine with nvcc "
+   "(scripts/setup.sh builds it only where there is a card)")
 
 
 @dataclass(frozen=True)
