@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define BITLM_CUDA_ABI_VERSION 1
+#define BITLM_CUDA_ABI_VERSION 2
 #define BITLM_CUDA_MAX_PASSES 9  // 8 planes and a shift
 #define BITLM_CUDA_MANY_PASSES 4
 
@@ -27,8 +27,9 @@ extern "C" {
 // scales: fp32 [units][rows]: 2^8 times the scale; NaN where x has an infinity or NaN.
 typedef struct bitlm_cuda_input {
   const void* x;           // [rows / rank][source_columns], of x_type
-  const void* multipliers; // [rank][columns] or null: multiply the columns
-  const int32_t* places;   // [columns] or null: which columns of x
+  const void* multipliers; // [experts][rank][columns] or null: multiply the columns
+  const int32_t* places;   // [experts][columns] or null: which columns of x
+  const int32_t* offsets;  // [experts] ends of the experts' tokens, or null: those are of all tokens
   const float* step;       // of the 1- and 2-bit activations, or null
   uint32_t* words;
   float* sums;
@@ -44,7 +45,7 @@ typedef struct bitlm_cuda_input {
   int32_t activation;   // bitlm_activation
   int32_t digits;       // 1: int8, 1 and 2 bits; 2: int16, float of 16-bit types; 3: float of fp32
   int32_t unit_words;
-  int32_t reserved;
+  int32_t experts;      // of offsets
 } bitlm_cuda_input;
 
 BITLM_API int bitlm_cuda_stage(const bitlm_cuda_input* input, void* stream);
@@ -52,7 +53,7 @@ BITLM_API int bitlm_cuda_stage(const bitlm_cuda_input* input, void* stream);
 // ---- Products ------------------------------------------------------------------------------------
 
 // One term over the columns of an input: a plane of codes, or a shift (no codes). Tensors are those
-// of the file, of one part; with experts, of all of them.
+// of the file, of one part of the first expert.
 typedef struct bitlm_cuda_pass {
   const uint8_t* signs;  // [rows, ceil(columns / 8)]
   const uint8_t* mask;   // the same, of ternary codes, or null
@@ -80,7 +81,7 @@ typedef struct bitlm_cuda_product {
   // Set by the caller from ops/cuda_table.py: tokens of a block, and whether the kernel stages its
   // input itself (one token; then words, sums and scales of `input` are not read).
   int32_t block_tokens, stages;
-  int32_t reserved;
+  int32_t expert_rows;  // from an expert's rows of the tensors to the next one's
 } bitlm_cuda_product;
 
 BITLM_API int bitlm_cuda_product_launch(const bitlm_cuda_product* call, void* stream);
@@ -118,32 +119,52 @@ BITLM_API int bitlm_cuda_many_launch(const bitlm_cuda_many* call, void* stream);
 
 // ---- Other terms ---------------------------------------------------------------------------------
 
-// y[b, n] += sum_j row_scales[n, j] * products[b * rank + j, n], rank-k scales.
+// y[b, n] += sum_j row_scales[n, j] * products[b * rank + j, n]: rank-k scales, and low-rank terms,
+// whose products are the same for all rows. offsets, experts, expert_rows: as of bitlm_cuda_product.
 typedef struct bitlm_cuda_combine {
-  const float* products;    // [tokens * rank][rows]
+  const float* products;    // [tokens * rank][product_rows]
   const void* row_scales;   // [rows, rank]
+  const int32_t* offsets;
   float* y;                 // [tokens][y_columns]
   int32_t type;
   int32_t tokens, rank, rows, y_columns, y_column;
+  int32_t product_rows;     // rows, or 1
+  int32_t experts, expert_rows;
   int32_t add;  // 0: y is written, not added to
-  int32_t reserved;
 } bitlm_cuda_combine;
 
 BITLM_API int bitlm_cuda_combine_launch(const bitlm_cuda_combine* call, void* stream);
 
+// y[b * rank + j] = sum_k v[j, k] * multipliers[k] * x[b, k], of the expert of token b: what goes
+// between the matrices of a low-rank term.
+typedef struct bitlm_cuda_thin {
+  const void* x;            // [tokens][columns], of x_type
+  const void* v;            // [experts][parts][rank][columns], of v_type, from the own part on
+  const float* multipliers; // [experts][columns] or null
+  const int32_t* offsets;
+  float* y;                 // [tokens * rank]
+  int32_t x_type, v_type;
+  int32_t tokens, rank, columns, experts, parts;
+  int32_t reserved;
+} bitlm_cuda_thin;
+
+BITLM_API int bitlm_cuda_thin_launch(const bitlm_cuda_thin* call, void* stream);
+
 // y[b, n] += scales[n] * sum_i (value_i - zeros[n]) * x[b, column of i] over a row's salient entries.
+// offsets, experts, expert_rows: as of bitlm_cuda_product.
 typedef struct bitlm_cuda_salient {
   const uint8_t* mask;     // [rows, ceil(columns / 8)]; null: every column of x is salient
   const uint8_t* values;   // in row-major order of the set bits, or [rows, columns]
-  const int32_t* starts;   // [rows]: where a row's values begin; null without mask
+  const int64_t* starts;   // [rows]: where a row's values begin; null without mask
   const void* scales;      // [rows]
   const uint8_t* zeros;    // [rows]
   const float* x;          // [tokens][columns]
+  const int32_t* offsets;
   float* y;                // [tokens][y_columns]
   int32_t type;
   int32_t tokens, rows, columns, y_columns, y_column;
+  int32_t experts, expert_rows;
   int32_t add;  // 0: y is written, not added to
-  int32_t reserved;
 } bitlm_cuda_salient;
 
 BITLM_API int bitlm_cuda_salient_launch(const bitlm_cuda_salient* call, void* stream);
@@ -156,16 +177,16 @@ typedef struct bitlm_cuda_rows {
   const int64_t* ids;           // [rows_out] or null
   const uint8_t* salient_mask;  // as of bitlm_cuda_salient; null: none
   const uint8_t* salient_values;
-  const int32_t* salient_starts;
+  const int64_t* salient_starts;
   const void* salient_scales;
   const uint8_t* salient_zeros;
-  const void* multipliers;      // [columns] or null: input_scales
+  const void* multipliers;      // [rows / multiplier_rows][columns] or null: input_scales
   void* out;                    // [rows_out][columns], of out_type
   int64_t rows_out, first;
   int32_t count;  // how many of `pass`
   int32_t rows, columns, group_size;
   int32_t salient_type, multiplier_type, out_type;
-  int32_t reserved;
+  int32_t multiplier_rows;      // rows, of a part of an expert, that have the same multipliers
 } bitlm_cuda_rows;
 
 BITLM_API int bitlm_cuda_rows_launch(const bitlm_cuda_rows* call, void* stream);

@@ -195,6 +195,43 @@ BITLM_DEVICE T larger(T a, T b) {
   return a > b ? a : b;
 }
 
+// The tokens of a block: [first, end) of expert `expert`; none where there is nothing to do.
+struct Slice {
+  int expert, first, end;
+};
+
+// all: the rows there are, `rank` of each token. tokens: rows of a block, the index-th of which this is.
+BITLM_DEVICE Slice slice_of(int experts, const int32_t* offsets, int rank, int all, int index,
+                            int tokens) {
+  if (!experts) return {0, index * tokens, smaller((index + 1) * tokens, all)};
+  int start = 0;
+  for (int expert = 0; expert < experts; expert++) {
+    int end = smaller(rank * load<int32_t>(offsets + expert), all);
+    int own = ceil_div(larger(end - start, 0), tokens);
+    if (index < own) {
+      int first = start + index * tokens;
+      return {expert, first, smaller(first + tokens, end)};
+    }
+    index -= own;
+    start = larger(end, start);
+  }
+  return {0, 0, 0};
+}
+
+// The expert of a token, `experts` behind the last one's; 0 where there are none.
+BITLM_DEVICE int expert_of(int experts, const int32_t* offsets, int token) {
+  int first = 0, end = experts;
+  while (first < end) {
+    int middle = (first + end) / 2;
+    if (token < load<int32_t>(offsets + middle)) {
+      end = middle;
+    } else {
+      first = middle + 1;
+    }
+  }
+  return first;
+}
+
 // Where unit `unit` of an input begins, and how many of its 128 columns there are.
 struct UnitPlace {
   int group, column, columns;

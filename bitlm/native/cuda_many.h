@@ -269,7 +269,7 @@ BITLM_DEVICE void write_tiles(const bitlm_cuda_many& call, const Tiles<R>& total
 // passes: shared memory for what is known of each pass.
 template <int R, int TYPE>
 BITLM_DEVICE void many_block(const bitlm_cuda_many& call, PassRows* passes) {
-  Slice slice = slice_of(call.experts, call.offsets, call.tokens, blockIdx.x, many_tokens);
+  Slice slice = slice_of(call.experts, call.offsets, 1, call.tokens, blockIdx.x, many_tokens);
   if (slice.first >= slice.end) return;
   int first_row = blockIdx.y * many_rows(R), groups = ceil_div(call.columns, call.group_size);
   if (threadIdx.x < static_cast<unsigned>(call.count)) {

@@ -121,6 +121,7 @@ struct PassRows {
   int groups, zones;              // zones: 1 or 2
 };
 
+// rows: from an expert's to the next one's.
 BITLM_DEVICE PassRows pass_rows(const bitlm_cuda_pass& given, int columns, int groups, int rows,
                                 int expert) {
   PassRows p;
@@ -368,28 +369,6 @@ BITLM_DEVICE void add_pass_of_words(Sums<R, T>& sums, const Operand& x, const Pa
 
 // ---- A block -------------------------------------------------------------------------------------
 
-// The tokens of a block: [first, end) of expert `expert`; none where there is nothing to do.
-struct Slice {
-  int expert, first, end;
-};
-
-// all: the tokens there are. tokens: those of a block, the index-th of which this is.
-BITLM_DEVICE Slice slice_of(int experts, const int32_t* offsets, int all, int index, int tokens) {
-  if (!experts) return {0, index * tokens, smaller((index + 1) * tokens, all)};
-  int start = 0;
-  for (int expert = 0; expert < experts; expert++) {
-    int end = smaller(load<int32_t>(offsets + expert), all);
-    int own = ceil_div(larger(end - start, 0), tokens);
-    if (index < own) {
-      int first = start + index * tokens;
-      return {expert, first, smaller(first + tokens, end)};
-    }
-    index -= own;
-    start = larger(end, start);
-  }
-  return {0, 0, 0};
-}
-
 // Adds the warps' sums in a fixed order and writes y. memory: [warps][T][16 R] floats.
 template <int R, int T>
 BITLM_DEVICE void write_rows(const bitlm_cuda_product& call, const Sums<R, T>& sums,
@@ -453,7 +432,7 @@ template <int D, int R, int T, bool FAST, bool STAGES>
 BITLM_DEVICE void product_block(const bitlm_cuda_product& call, StageMemory& stage,
                                 const uint16_t* table) {
   const bitlm_cuda_input& in = call.input;
-  Slice slice = slice_of(call.experts, call.offsets, in.rows, blockIdx.x, T);
+  Slice slice = slice_of(call.experts, call.offsets, in.rank, in.rows, blockIdx.x, T);
   if (slice.first >= slice.end) return;
   int first_row = blockIdx.y * (R * tile_rows);
   constexpr int row_sums = D == 3 ? 8 : 4;
@@ -487,7 +466,7 @@ BITLM_DEVICE void product_block(const bitlm_cuda_product& call, StageMemory& sta
   LaneRows<R> lane = lane_rows<R>(first_row, call.rows);
   int groups = ceil_div(in.columns, in.group_size);
   for (int i = 0; i < call.count; i++) {
-    PassRows p = pass_rows(call.pass[i], in.columns, groups, call.rows, slice.expert);
+    PassRows p = pass_rows(call.pass[i], in.columns, groups, call.expert_rows, slice.expert);
     if (!FAST) {
       add_pass_of_words<D, R, T>(sums, x, p, lane, in, table);
     } else if (!p.pass.signs) {

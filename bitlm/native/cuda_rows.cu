@@ -43,7 +43,7 @@ BITLM_DEVICE float salient_at(const bitlm_cuda_rows& call, int64_t row, int colu
     int own = column - first;
     before += __popc(own < word_columns ? word & ((1u << own) - 1) : word);
   }
-  int value = load<uint8_t>(call.salient_values + load<int32_t>(call.salient_starts + row) + before);
+  int value = load<uint8_t>(call.salient_values + load<int64_t>(call.salient_starts + row) + before);
   int zero = load<uint8_t>(call.salient_zeros + row);
   return float_at(call.salient_scales, call.salient_type, row) * static_cast<float>(value - zero);
 }
@@ -63,7 +63,10 @@ __global__ void __launch_bounds__(row_threads) rows_kernel(const __grid_constant
         sum = fmaf(static_cast<float>(code_at(pass, row, column, call.columns)), scale, sum);
       }
     }
-    if (call.multipliers) sum *= float_at(call.multipliers, call.multiplier_type, column);
+    if (is_row && call.multipliers) {
+      int64_t at = row / call.multiplier_rows * call.columns + column;
+      sum *= float_at(call.multipliers, call.multiplier_type, at);
+    }
     put_float(call.out, call.out_type, static_cast<int64_t>(blockIdx.x) * call.columns + column,
               sum);
   }

@@ -27,20 +27,35 @@ struct StageMemory {
   float partial[stage_threads / warp_lanes];
 };
 
-BITLM_DEVICE float column_value(const bitlm_cuda_input& in, int row, int column) {
-  int token = row / in.rank;
-  int from = in.places ? load<int32_t>(in.places + column) : column;
-  float value = float_at(in.x, in.x_type, static_cast<int64_t>(token) * in.source_columns + from);
+// What a row of an input is made of: a token of x, and the multipliers and places of its expert.
+struct RowSource {
+  int64_t x, multipliers;  // the row's first element
+  const int32_t* places;
+};
+
+BITLM_DEVICE RowSource row_source(const bitlm_cuda_input& in, int row) {
+  int token = row / in.rank, expert = 0;
+  if (in.offsets) {
+    // Tokens behind the last expert's are nobody's, and read as if they were its.
+    expert = smaller(expert_of(in.experts, in.offsets, token), in.experts - 1);
+  }
+  int64_t copy = static_cast<int64_t>(expert) * in.rank + (row - token * in.rank);
+  return {static_cast<int64_t>(token) * in.source_columns, copy * in.columns,
+          in.places ? in.places + static_cast<int64_t>(expert) * in.columns : nullptr};
+}
+
+BITLM_DEVICE float column_value(const bitlm_cuda_input& in, const RowSource& row, int column) {
+  int from = row.places ? load<int32_t>(row.places + column) : column;
+  float value = float_at(in.x, in.x_type, row.x + from);
   if (!in.multipliers) return value;
-  int64_t at = static_cast<int64_t>(row - token * in.rank) * in.columns + column;
-  return value * float_at(in.multipliers, in.multiplier_type, at);
+  return value * float_at(in.multipliers, in.multiplier_type, row.multipliers + column);
 }
 
 // The `columns` (at most 32) columns from `column` on, and 0 behind them.
-BITLM_DEVICE void read_columns(const bitlm_cuda_input& in, int row, int column, int columns,
-                               float (&value)[word_columns]) {
+BITLM_DEVICE void read_columns(const bitlm_cuda_input& in, const RowSource& row, int column,
+                               int columns, float (&value)[word_columns]) {
   bool whole = columns == word_columns && !in.places && !in.multipliers && in.rank == 1;
-  int64_t at = static_cast<int64_t>(row) * in.source_columns + column;
+  int64_t at = row.x + column;
   if (in.x_type == BITLM_FLOAT32) {
     const float* from = static_cast<const float*>(in.x) + at;
     if (whole && (reinterpret_cast<uintptr_t>(from) & 15) == 0) {
@@ -172,6 +187,7 @@ BITLM_DEVICE int32_t used_bits(int activation) {
 template <class F>
 BITLM_DEVICE void each_word(const bitlm_cuda_input& in, int row, F f) {
   int words = in.units * unit_words, lane = threadIdx.x % warp_lanes;
+  RowSource source = row_source(in, row);
   for (int first = threadIdx.x - lane; first < words; first += stage_threads) {
     int i = first + lane;
     bool real = i < words;
@@ -181,7 +197,7 @@ BITLM_DEVICE void each_word(const bitlm_cuda_input& in, int row, F f) {
     if (!real || row >= in.rows) columns = 0;
     float value[word_columns];
     if (columns) {
-      read_columns(in, row, place.column + t * word_columns, columns, value);
+      read_columns(in, source, place.column + t * word_columns, columns, value);
     } else {
 #pragma unroll
       for (int k = 0; k < word_columns; k++) value[k] = 0.0f;

@@ -52,8 +52,9 @@ def describe() -> dict[str, object]:
                                 "reason": loaded.reason}
     if loaded.library:
         facts |= {"architectures": loaded.library.bitlm_cuda_architectures().decode(),
-                  "native": "linear layers and embeddings of every form; experts of planes",
-                  "reference": ["float64", "gradients", "experts with other terms"]}
+                  "native": "linear layers and experts of every form, and embeddings",
+                  "reference": ["float64", "gradients", "embeddings with chains, low-rank terms, "
+                                "column subsets or rank-k scales"]}
     return facts
 
 
@@ -132,9 +133,9 @@ def unfit(device: torch.device) -> str | None:
 
 def disagreement(device: torch.device) -> str | None:
     """Return how the kernels differ from the reference on a device, or None."""
-    def linear(x: Tensor, tensors: list[Tensor], form: Form, activation: str,
-               settings: Settings) -> Tensor:
-        return cuda_launch.linear(x, tensors, form, None, None, activation, None, settings)
+    def linear(x: Tensor, tensors: list[Tensor], form: Form, offsets: Tensor | None,
+               activation: str, settings: Settings) -> Tensor:
+        return cuda_launch.linear(x, tensors, form, None, offsets, activation, None, settings)
 
     def dense(tensors: list[Tensor], form: Form) -> Tensor:
         return cuda_launch.rows(terms(form.text, tensors), None, form.rows, torch.float32)

@@ -17,11 +17,13 @@ from .cuda_table import Settings
 from .form import Form
 
 # Rows, columns and group of a weight, and what it has: rows of whole 16 bytes with groups of 128,
-# the same with masks and one group a row, rows whose codes begin anywhere, and the terms that have
-# kernels of their own.
+# the same with masks and one group a row, rows whose codes begin anywhere, the terms that have
+# kernels of their own, and experts.
 CASES = (((48, 512, 128), ("signs",)), ((48, 384, 384), ("signs", "mask", "shift")),
          ((40, 200, 40), ("trits",)), ((24, 128, 128), ("signs", "salient")),
-         ((24, 128, 128), ("signs", "ranked")))
+         ((24, 128, 128), ("signs", "ranked")),
+         ((24, 128, 64), ("signs", "experts", "input_scales", "low_rank")))
+EXPERTS = 3
 NEVER = 1 << 30
 BITS = Settings((1, 2, 4, 8), NEVER, NEVER, NEVER)
 # Tokens, dtype, activation and settings: every way to multiply.
@@ -33,8 +35,8 @@ WAYS += [(10, dtype, "float", Settings(many_tokens=1, dense_tokens=NEVER, many_t
 # Of the size of the result; a kernel that is wrong is wrong by about all of it.
 TOLERANCE = 2e-2
 
-# (x, tensors, form, activation, settings) -> y, and (tensors, form) -> the dense weight in float32
-Linear = Callable[[Tensor, list[Tensor], Form, str, Settings], Tensor]
+# (x, tensors, form, offsets, activation, settings) -> y; (tensors, form) -> the dense weight, fp32
+Linear = Callable[[Tensor, list[Tensor], Form, Tensor | None, str, Settings], Tensor]
 Dense = Callable[[list[Tensor], Form], Tensor]
 
 
@@ -49,14 +51,15 @@ def disagreement(linear: Linear, dense: Dense, device: torch.device) -> str | No
         there = [tensor.to(device) for tensor in tensors]
         case = f"{rows}x{columns} {'+'.join(names)}"
         try:
-            if "ranked" not in names:
+            if not {"ranked", "low_rank"} & set(names):
                 expected = reference.dequantize(tensors, form.text, torch.float32)
                 if not _error(dense(there, form), expected) <= 1e-5:
                     return f"the CUDA kernels give other dense weights than the reference ({case})"
             for tokens, dtype, activation, settings in WAYS:
                 x = torch.randn(tokens, columns, generator=random).to(dtype)
-                y = linear(x.to(device), there, form, activation, settings)
-                expected = reference.packed_linear(x.float(), tensors, form.text, None, None,
+                offsets = _offsets(form, tokens)
+                y = linear(x.to(device), there, form, offsets, activation, settings)
+                expected = reference.packed_linear(x.float(), tensors, form.text, None, offsets,
                                                    activation)
                 if not _error(y, expected) <= TOLERANCE:
                     return ("the CUDA kernels give other products than the reference "
@@ -71,11 +74,14 @@ def disagreement(linear: Linear, dense: Dense, device: torch.device) -> str | No
 def _weight(rows: int, columns: int, group: int, names: tuple[str, ...], random: torch.Generator
             ) -> tuple[Form, list[Tensor]]:
     """Return a random weight of one plane, with the terms named."""
+    experts = EXPERTS if "experts" in names else 0
+    lead = (experts,) if experts else ()
+
     def codes(width: int, most: int = 256) -> Tensor:
-        return torch.randint(0, most, (rows, width), generator=random, dtype=torch.uint8)
+        return torch.randint(0, most, (*lead, rows, width), generator=random, dtype=torch.uint8)
 
     def scales(*shape: int) -> Tensor:
-        return (torch.rand(shape, generator=random) + 0.5).to(torch.float16)
+        return (torch.rand((*lead, *shape), generator=random) + 0.5).to(torch.float16)
 
     groups, width = -(-columns // group), -(-columns // 8)
     named: dict[str, Tensor] = {}
@@ -96,7 +102,18 @@ def _weight(rows: int, columns: int, group: int, names: tuple[str, ...], random:
         count = sum(int(byte).bit_count() for byte in mask.flatten())
         named |= {"salient.mask": mask, "salient.values": codes(columns).view(1, -1)[:, :count],
                   "salient.scales": scales(rows) / 64, "salient.zeros": codes(1).view(-1)}
-    return Form(rows, columns, tuple(named), group, 1), list(named.values())
+    if "input_scales" in names:
+        named["input_scales"] = scales(1, columns)
+    if "low_rank" in names:
+        named |= {"low_rank.u": scales(rows, 2) / 2, "low_rank.v": scales(1, 2, columns)}
+    return Form(rows, columns, tuple(named), group, 1, 1, experts), list(named.values())
+
+
+def _offsets(form: Form, tokens: int) -> Tensor | None:
+    """Return ends of experts: the second one has no token."""
+    if not form.experts:
+        return None
+    return torch.tensor([tokens // 2, tokens // 2, tokens], dtype=torch.int32)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

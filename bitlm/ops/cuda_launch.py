@@ -26,6 +26,7 @@ from .cuda_structs import (
     Product,
     Rows,
     Salient,
+    Thin,
     units_of,
 )
 from .cuda_table import Settings
@@ -61,8 +62,9 @@ def linear(x: Tensor, tensors: list[Tensor], form: Form, bias: Tensor | None,
     if work == "many":
         return _many_linear(x, weight, _bias(bias, form), _offsets(offsets, form, x.device),
                             settings)
-    call = _Call(weight, dict(zip(form.names, tensors)), x, _NUMBERS[activation], step, settings)
-    return call.linear(_bias(bias, form), _offsets(offsets, form, x.device))
+    call = _Call(weight, dict(zip(form.names, tensors)), x, _NUMBERS[activation], step, settings,
+                 _offsets(offsets, form, x.device))
+    return call.linear(_bias(bias, form))
 
 
 def no_rows(form: Form) -> str | None:
@@ -71,8 +73,6 @@ def no_rows(form: Form) -> str | None:
     if any(name.startswith(other) or name.endswith(("columns", "column_scales"))
            for name in form.names):
         return "rows with chains, low-rank terms, column subsets or rank-k scales have no kernel"
-    if form.parts != 1 and any(name in ("input_scales", "salient.mask") for name in form.names):
-        return "rows of fused parts with terms of their own have no kernel"
     passes = len(planes(form.names)) + ("shift" in form.names)
     if not 0 < passes <= MAX_PASSES:
         return f"rows of no plane, or of more than {MAX_PASSES}, have no kernel"
@@ -101,16 +101,17 @@ class _Call:
     """One call of a linear layer: x [tokens, K] and what is launched for it."""
 
     def __init__(self, weight: Terms, named: dict[str, Tensor], x: Tensor, activation: int,
-                 step: Tensor | None, settings: Settings) -> None:
-        self.weight, self.named, self.x = weight, named, x
+                 step: Tensor | None, settings: Settings, offsets: Tensor | None = None) -> None:
+        self.weight, self.named, self.x, self.offsets = weight, named, x, offsets
+        self.experts = weight.form.experts
         self.activation, self.settings = activation, settings
         self.step = None if step is None else step.to(x.device, torch.float32).contiguous()
         self.staged: dict[tuple[Source, bool], _Staged] = {}
 
-    def linear(self, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
+    def linear(self, bias: Tensor | None) -> Tensor:
         """Return y [tokens, N]."""
         x, form = self.x, self.weight.form
-        new = x.new_zeros if form.experts else x.new_empty
+        new = x.new_zeros if self.experts else x.new_empty
         y = new(x.shape[0], form.rows)
         if not y.numel():
             return y
@@ -120,16 +121,15 @@ class _Call:
                for p in parts):
             sums = torch.empty(y.shape, dtype=torch.float32, device=x.device)
         for part in parts:
-            own_bias = None if bias is None else bias[..., part.first:part.first + part.rows]
-            self._part(part, y, sums, own_bias, offsets)
+            own = slice(part.first, part.first + part.rows)
+            self._part(part, y, sums, None if bias is None else bias[..., own].contiguous())
         return y
 
-    def _part(self, part: Part, y: Tensor, sums: Tensor | None, bias: Tensor | None,
-              offsets: Tensor | None) -> None:
+    def _part(self, part: Part, y: Tensor, sums: Tensor | None, bias: Tensor | None) -> None:
         """Write the part's columns of y. sums: fp32 like y, for terms before the last one."""
         added = False
-        if part.low_rank:
-            self._low_rank(part, sums)
+        if part.low_rank is not None:
+            (self._low_rank_of_experts if self.experts else self._low_rank)(part, sums)
             added = True
         for right, left in part.chains:
             between = self.x.new_empty((len(self.x), right.rows), dtype=torch.float32)
@@ -140,9 +140,7 @@ class _Call:
             copies = ranked.product.source.rank
             products = sums.new_empty(len(self.x) * copies, part.rows)
             self._product(ranked.product, products, 0)
-            _launch("bitlm_cuda_combine_launch", Combine(
-                products.data_ptr(), ranked.row_scales, sums.data_ptr(), ranked.scale_type,
-                len(self.x), copies, part.rows, sums.shape[1], part.first, added), sums.device)
+            self._combine(part, products, ranked.row_scales, ranked.scale_type, copies, sums, added)
             added = True
         if part.salient is not None:
             self._salient(part, sums, added)
@@ -150,12 +148,18 @@ class _Call:
         for product in part.products[:-1]:
             self._product(product, sums, part.first, sums if added else None)
             added = True
-        if part.products:
-            self._product(part.products[-1], y, part.first, sums if added else None, bias, offsets)
-            return
-        own = slice(part.first, part.first + part.rows)
-        total = sums[:, own] if added else sums.new_zeros(len(y), part.rows)
-        y[:, own] = total if bias is None else total + bias.float()
+        self._product(part.products[-1], y, part.first, sums if added else None, bias)
+
+    def _combine(self, part: Part, products: Tensor, row_scales: int, scale_type: int, rank: int,
+                 sums: Tensor, add: bool) -> None:
+        """Put `rank` products of a token together in the part's sums."""
+        _launch("bitlm_cuda_combine_launch", Combine(
+            products.data_ptr(), row_scales, self._ends(), sums.data_ptr(), scale_type,
+            len(self.x), rank, part.rows, sums.shape[1], part.first, products.shape[1],
+            self.experts, self.weight.form.rows, add), sums.device)
+
+    def _ends(self) -> int:
+        return 0 if self.offsets is None else self.offsets.data_ptr()
 
     def _low_rank(self, part: Part, sums: Tensor) -> None:
         """Set the part's sums to x V U^T, by torch: nothing of two thin matrices is packed."""
@@ -167,6 +171,16 @@ class _Call:
             x = x * self.named["input_scales"][index].float()
         sums[:, part.first:part.first + part.rows] = (x @ v.T) @ u.T
 
+    def _low_rank_of_experts(self, part: Part, sums: Tensor) -> None:
+        own, form = part.low_rank, self.weight.form
+        between = sums.new_empty(len(self.x) * own.rank, 1)
+        scales = 0 if own.multipliers is None else own.multipliers.data_ptr()
+        _launch("bitlm_cuda_thin_launch", Thin(
+            self.x.data_ptr(), own.v, scales, self._ends(), between.data_ptr(),
+            TYPES[self.x.dtype], own.v_type, len(self.x), own.rank, form.columns, self.experts,
+            form.parts), sums.device)
+        self._combine(part, between, own.u, own.u_type, own.rank, sums, False)
+
     def _salient(self, part: Part, sums: Tensor, add: bool) -> None:
         own = part.salient
         if not own.source.columns:
@@ -175,30 +189,28 @@ class _Call:
             return
         x = self._stage(own.source, self.x, rounded=True)
         _launch("bitlm_cuda_salient_launch", Salient(
-            own.mask, own.values, own.starts, own.scales, own.zeros, x.struct.rounded,
+            own.mask, own.values, own.starts, own.scales, own.zeros, x.struct.rounded, self._ends(),
             sums.data_ptr(), own.scale_type, len(self.x), part.rows, own.source.columns,
-            sums.shape[1], part.first, add), sums.device)
+            sums.shape[1], part.first, self.experts, self.weight.form.rows, add), sums.device)
 
     def _product(self, term: ProductTerm, y: Tensor, column: int, addend: Tensor | None = None,
-                 bias: Tensor | None = None, offsets: Tensor | None = None,
-                 source: Tensor | None = None) -> None:
+                 bias: Tensor | None = None, source: Tensor | None = None) -> None:
         """Launch a product that writes rows of y from `column` on."""
-        rows = len(self.x) * term.source.rank
-        experts = self.weight.form.experts
+        rows, experts = len(self.x) * term.source.rank, self.experts
         x = self.x if source is None else source
         digits = self._digits(x)
         memory = cuda_table.staging_bytes(units_of(term.source.columns, term.source.group_size)[0],
                                           digits)
         alone = rows == 1 and not experts and memory <= cuda_table.MOST_STAGING_BYTES and \
-            (term.source, True) not in self.staged
-        staged = _Staged(self._input(term.source, x, 1)) if alone else self._stage(term.source, x)
+            (term.source, True) not in self.staged and bool(term.passes)
+        staged = self._stage(term.source, x) if term.passes and not alone else \
+            _Staged(self._input(term.source, x, 1))
         call = Product(staged.struct, (Pass * MAX_PASSES)(*term.passes), y.data_ptr(),
                        0 if addend is None else addend.data_ptr(),
-                       0 if bias is None else bias.data_ptr(),
-                       0 if offsets is None else offsets.data_ptr(), len(term.passes), term.rows,
-                       y.shape[1], column, TYPES[y.dtype],
+                       0 if bias is None else bias.data_ptr(), self._ends(), len(term.passes),
+                       term.rows, y.shape[1], column, TYPES[y.dtype],
                        0 if bias is None else TYPES[bias.dtype], experts,
-                       self.settings.block(rows // (experts or 1)), alone)
+                       self.settings.block(rows // (experts or 1)), alone, term.expert_rows)
         _launch("bitlm_cuda_product_launch", call, y.device)
 
     def _digits(self, x: Tensor) -> int:
@@ -210,13 +222,15 @@ class _Call:
         """Return the struct of an input without its memory."""
         units, by_group = units_of(source.columns, source.group_size)
         digits = self._digits(x)
+        by_expert = source.multipliers is not None or source.places is not None
         return Input(
             x.data_ptr(), 0 if source.multipliers is None else source.multipliers.data_ptr(),
             0 if source.places is None else source.places.data_ptr(),
-            0 if self.step is None else self.step.data_ptr(), 0, 0, 0, 0, TYPES[x.dtype], 0,
-            x.shape[1], source.columns, min(source.group_size, source.columns), units, by_group,
-            source.rank, len(x) * source.rank, padded, self.activation, digits,
-            padded * digits * DIGIT_WORDS)
+            self._ends() if by_expert else 0, 0 if self.step is None else self.step.data_ptr(),
+            0, 0, 0, 0, TYPES[x.dtype], 0, x.shape[1], source.columns,
+            min(source.group_size, source.columns), units, by_group, source.rank,
+            len(x) * source.rank, padded, self.activation, digits, padded * digits * DIGIT_WORDS,
+            self.experts)
 
     def _stage(self, source: Source, x: Tensor, rounded: bool = False) -> _Staged:
         """Round an input in device memory, once for all that read it."""
@@ -315,13 +329,14 @@ def rows(weight: Terms, ids: Tensor | None, count: int, dtype: torch.dtype,
     if not out.numel():
         return out
     product, own = part.products[-1], part.salient
-    multipliers = product.source.multipliers
+    multipliers = weight.input_scales
     call = Rows((Pass * MAX_PASSES)(*product.passes), 0 if ids is None else ids.data_ptr(),
                 rows_out=count, first=first, count=len(product.passes),
                 rows=form.rows * (form.experts or 1), columns=form.columns,
                 group_size=form.group_size, out=out.data_ptr(), out_type=TYPES[dtype])
     if multipliers is not None:
         call.multipliers, call.multiplier_type = multipliers.data_ptr(), TYPES[multipliers.dtype]
+        call.multiplier_rows = form.rows // multipliers.shape[1]
     if own is not None:
         call.salient_mask, call.salient_values = own.mask, own.values
         call.salient_starts, call.salient_scales = own.starts, own.scales

@@ -13,9 +13,9 @@ UNIT_COLUMNS, UNIT_WORDS, DIGIT_WORDS = 128, 4, 32
 
 
 class Input(Structure):
-    _fields_ = [*fields("x multipliers places step words sums scales rounded", c_void_p),
+    _fields_ = [*fields("x multipliers places offsets step words sums scales rounded", c_void_p),
                 *fields("x_type multiplier_type source_columns columns group_size units "
-                        "group_units rank rows padded_rows activation digits unit_words reserved",
+                        "group_units rank rows padded_rows activation digits unit_words experts",
                         c_int32)]
 
 
@@ -28,7 +28,7 @@ class Product(Structure):
     _fields_ = [("input", Input), ("passes", Pass * MAX_PASSES),
                 *fields("y addend bias offsets", c_void_p),
                 *fields("count rows y_columns y_column y_type bias_type experts block_tokens "
-                        "stages reserved", c_int32)]
+                        "stages expert_rows", c_int32)]
 
 
 class Order(Structure):
@@ -42,13 +42,20 @@ class Many(Structure):
 
 
 class Combine(Structure):
-    _fields_ = [*fields("products row_scales y", c_void_p),
-                *fields("type tokens rank rows y_columns y_column add reserved", c_int32)]
+    _fields_ = [*fields("products row_scales offsets y", c_void_p),
+                *fields("type tokens rank rows y_columns y_column product_rows experts "
+                        "expert_rows add", c_int32)]
+
+
+class Thin(Structure):
+    _fields_ = [*fields("x v multipliers offsets y", c_void_p),
+                *fields("x_type v_type tokens rank columns experts parts reserved", c_int32)]
 
 
 class Salient(Structure):
-    _fields_ = [*fields("mask values starts scales zeros x y", c_void_p),
-                *fields("type tokens rows columns y_columns y_column add reserved", c_int32)]
+    _fields_ = [*fields("mask values starts scales zeros x offsets y", c_void_p),
+                *fields("type tokens rows columns y_columns y_column experts expert_rows add",
+                        c_int32)]
 
 
 class Rows(Structure):
@@ -57,7 +64,7 @@ class Rows(Structure):
                         "salient_zeros multipliers out", c_void_p),
                 *fields("rows_out first", c_int64),
                 *fields("count rows columns group_size salient_type multiplier_type out_type "
-                        "reserved", c_int32)]
+                        "multiplier_rows", c_int32)]
 
 
 def units_of(columns: int, group_size: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ inputs joined into one, where rows' salient values begin, bit planes gathered fo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -27,7 +27,8 @@ Tensors = dict[str, Tensor]
 class Source:
     """An input of products: `rank` scaled copies of some columns of x, grouped.
 
-    places: int32 [columns] or None: which columns of x. multipliers: fp32 [rank, columns] or None.
+    places: int32 [E, columns] or None: which columns of x. multipliers: fp32 [E, rank, columns] or
+    None. E: experts, 1 where there are none.
     """
 
     columns: int
@@ -39,10 +40,14 @@ class Source:
 
 @dataclass(eq=False)
 class Product:
-    """Passes over the columns of one source, at most MAX_PASSES."""
+    """Passes over the columns of one source, at most MAX_PASSES; perhaps none.
+
+    expert_rows: from an expert's rows of the tensors to the next one's.
+    """
 
     source: Source
     rows: int
+    expert_rows: int
     passes: list[Pass]
 
 
@@ -69,8 +74,20 @@ class Salient:
 
 
 @dataclass(eq=False)
+class LowRank:
+    """A low-rank term; multipliers: fp32 [E, K] or None, of x."""
+
+    rank: int
+    u: int
+    u_type: int
+    v: int
+    v_type: int
+    multipliers: Tensor | None
+
+
+@dataclass(eq=False)
 class Part:
-    """The terms of rows [first, first + rows)."""
+    """The terms of rows [first, first + rows). The last product writes y."""
 
     first: int
     rows: int
@@ -78,28 +95,19 @@ class Part:
     ranked: list[Ranked] = field(default_factory=list)
     chains: list[tuple[Product, Product]] = field(default_factory=list)  # right, left
     salient: Salient | None = None
-    low_rank: bool = False
+    low_rank: LowRank | None = None
 
 
 def unsupported(form: Form) -> str | None:
     """Return why weights of this form have no kernels, or None."""
-    if not form.columns:
-        return "a weight without columns has no kernel"
-    if form.experts:
-        simple = all(name == "shift" or name.startswith("plane") and not
-                     name.endswith(("columns", "row_scales", "column_scales"))
-                     for name in form.names)
-        if not simple or len(form.names) == 0:
-            return "fused experts with anything but planes and shift have no kernel"
-        if len(planes(form.names)) + ("shift" in form.names) > MAX_PASSES:
-            return f"fused experts with more than {MAX_PASSES} planes have no kernel"
-    return None
+    return None if form.columns else "a weight without columns has no kernel"
 
 
 class Terms(OfTensors):
     """The launches of a weight, and the tensors made for them.
 
-    many: whether products of many tokens of 16 bits have a kernel of their own.
+    many: whether products of many tokens of 16 bits have a kernel of their own. input_scales: fp32
+    [E, P, K] or None.
 
     Raises RuntimeError naming every tensor that does not fit the form, ValueError for a damaged
     list of columns or salient values.
@@ -115,101 +123,120 @@ class Terms(OfTensors):
             raise ValueError("; ".join(problems))
         by_part = any("P" in row(name, form.names).axes for name in form.names)
         count = form.parts if by_part else 1
-        rows = form.rows // count
-        self.parts = [self._part(own, i * rows, rows) for i, own in
+        named = self._with_made({name: self._whole(t) for name, t in named.items()}, count)
+        self.input_scales = named.get("input_scales")
+        self.parts = [self._part(own, part, form.rows // count) for part, own in
                       enumerate(_split(named, form, count))]
         self.many = all(_fits_many(form, part) for part in self.parts)
         self.remember(tensors)
 
-    def _part(self, named: Tensors, first: int, rows: int) -> Part:
-        form, part = self.form, Part(first, rows)
-        scales = named["input_scales"].float() if "input_scales" in named else None
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in one piece, a copy where it is not, with an experts axis."""
+        if not tensor.is_contiguous():
+            tensor = self._keep(tensor)
+        return tensor if self.form.experts else tensor.unsqueeze(0)
+
+    def _with_made(self, named: Tensors, parts: int) -> Tensors:
+        """Add what kernels read beside the tensors of the file, for all rows and experts.
+
+        input_scales: in fp32. salient.starts: int64 [E, N], where a row's values begin.
+        planeP.drop: the salient entries among the columns that a plane covers. shift.zones: the
+        zones of plane 0 by column of x.
+        """
+        columns, made = self.form.columns, {}
+        if "input_scales" in named:
+            made["input_scales"] = self._keep(named["input_scales"].float())
+        mask = named.get("salient.mask")
+        if mask is not None:
+            made["salient.starts"] = self._keep(_starts(mask, named["salient.values"], columns))
+            for name, places in named.items():
+                if name.startswith("plane") and name.endswith(".columns"):
+                    made[name.replace("columns", "drop")] = self._keep(_each_part(
+                        mask, places, lambda bits, own: unpack_bits(bits, columns)[:, own]))
+        if "shift" in named and "plane0.zones" in named:
+            made["shift.zones"] = zones = named["plane0.zones"]
+            if "plane0.columns" in named:
+                made["shift.zones"] = self._keep(_each_part(
+                    zones, named["plane0.columns"],
+                    lambda bits, own: _spread(bits, own, columns)))
+        return named | made
+
+    def _part(self, named: Tensors, index: int, rows: int) -> Part:
+        form, part = self.form, Part(index * rows, rows)
+        scales = named.get("input_scales")
         kept_scales = scales  # of what salient columns leave
         if "salient.columns" in named:
-            kept_scales = torch.ones(form.columns, dtype=torch.float32,
-                                     device=named["salient.columns"].device) \
+            columns = named["salient.columns"].long()
+            kept_scales = torch.ones(len(columns), form.columns, device=columns.device) \
                 if scales is None else scales.clone()
-            kept_scales[named["salient.columns"].long()] = 0.0
+            kept_scales.scatter_(1, columns, 0.0)
         whole = Source(form.columns, form.group_size, None, self._keep(kept_scales))
         drop = named.get("salient.mask")
         passes: dict[Source, list[Pass]] = {whole: []}
         subset: Source | None = None
         for own, factor in scaled_planes(named, form):
-            columns, dropped, source = own.get("columns"), drop, whole
-            if columns is not None:
-                if drop is not None:
-                    bits = unpack_bits(drop, form.columns)
-                    dropped = self._keep(pack_bits(bits[:, columns.long()]))
-                if subset is None or form.plane_ratio == 1:
-                    picked = None if kept_scales is None else kept_scales[columns.long()]
-                    subset = Source(len(columns), form.group_size, self._keep(columns),
-                                    self._keep(picked))
-                source = subset
+            columns, source = own.get("columns"), whole
+            if columns is not None and (subset is None or form.plane_ratio == 1):
+                picked = None if kept_scales is None else kept_scales.gather(1, columns.long())
+                subset = Source(columns.shape[-1], form.group_size, self._keep(columns),
+                                self._keep(picked))
+            source = whole if columns is None else subset
+            dropped = drop if columns is None else own.get("drop")
             if "scales" in own:
-                passes.setdefault(source, []).append(self._pass(own, factor, dropped))
+                passes.setdefault(source, []).append(_pass(own, factor, dropped))
             else:
                 part.ranked.append(self._ranked(own, factor, dropped, source, kept_scales, rows))
         if "shift" in named:
-            zones = named.get("plane0.zones")
-            if zones is not None and "plane0.columns" in named:
-                zones = self._keep(_spread(zones, named["plane0.columns"], form.columns))
-            own = {"scales": named["shift"]} | ({} if zones is None else {"zones": zones})
-            passes[whole].append(self._pass(own, 1.0, drop))
-        # The last product writes y, so the widest source comes last.
+            own = {"scales": named["shift"]}
+            if "shift.zones" in named:
+                own["zones"] = named["shift.zones"]
+            passes[whole].append(_pass(own, 1.0, drop))
+        # The widest source comes last, and there is one product at least.
         for source, own in [*((s, p) for s, p in passes.items() if s is not whole),
                             (whole, passes[whole])]:
-            part.products += [Product(source, rows, own[i:i + MAX_PASSES])
+            part.products += [Product(source, rows, form.rows, own[i:i + MAX_PASSES])
                               for i in range(0, len(own), MAX_PASSES)]
+        part.products = part.products or [Product(whole, rows, form.rows, [])]
         for chain in chains(form.names):
             part.chains.append(self._chain(leaves(named, f"chain{chain}."), scales, rows))
         if "salient.values" in named:
-            part.salient = self._salient(named, scales, whole, rows)
-        part.low_rank = "low_rank.u" in named
+            part.salient = self._salient(leaves(named, "salient."), scales, whole)
+        if "low_rank.u" in named:
+            u, v = named["low_rank.u"], named["low_rank.v"]
+            part.low_rank = LowRank(u.shape[-1], u.data_ptr(), TYPES[u.dtype], v.data_ptr(),
+                                    TYPES[v.dtype], self._keep(scales) if form.experts else None)
         return part
-
-    def _pass(self, own: Tensors, factor: float, drop: Tensor | None) -> Pass:
-        scales = own.get("scales")
-        return Pass(self._at(own.get("signs")), self._at(own.get("mask")),
-                    self._at(own.get("trits")), self._at(own.get("zones")), self._at(drop),
-                    self._at(scales), 0 if scales is None else TYPES[scales.dtype], factor)
 
     def _ranked(self, own: Tensors, factor: float, drop: Tensor | None, source: Source,
                 scales: Tensor | None, rows: int) -> Ranked:
-        multipliers = own["column_scales"].float()
+        multipliers, columns = own["column_scales"].float(), own.get("columns")
         if scales is not None:
-            columns = own.get("columns")
-            multipliers = multipliers * (scales if columns is None else scales[columns.long()])
-        copies = Source(source.columns, source.columns, source.places,
-                        self._keep(multipliers.contiguous()), len(multipliers))
+            picked = scales if columns is None else scales.gather(1, columns.long())
+            multipliers = multipliers * picked.unsqueeze(1)
+        copies = Source(source.columns, source.columns, source.places, self._keep(multipliers),
+                        multipliers.shape[1])
         codes = {name: own[name] for name in ("signs", "mask", "trits") if name in own}
-        return Ranked(Product(copies, rows, [self._pass(codes, factor, drop)]),
-                      self._at(own["row_scales"]), TYPES[own["row_scales"].dtype])
+        product = Product(copies, rows, self.form.rows, [_pass(codes, factor, drop)])
+        return Ranked(product, own["row_scales"].data_ptr(), TYPES[own["row_scales"].dtype])
 
     def _chain(self, own: Tensors, scales: Tensor | None, rows: int) -> tuple[Product, Product]:
         multipliers = own["column_scales"].float()
         multipliers = multipliers if scales is None else multipliers * scales
-        rank, columns = own["right"].shape[0], len(multipliers)
+        form, rank, columns = self.form, own["right"].shape[-2], self.form.columns
         right = Product(Source(columns, columns, None, self._keep(multipliers)), rank,
-                        [self._pass({"signs": own["right"]}, 1.0, None)])
+                        form.parts * rank, [_pass({"signs": own["right"]}, 1.0, None)])
         between = Source(rank, rank, None, self._keep(own["rank_scales"].float()))
         left = {"signs": own["left"], "scales": own["row_scales"]}
-        return right, Product(between, rows, [self._pass(left, 1.0, None)])
+        return right, Product(between, rows, form.rows, [_pass(left, 1.0, None)])
 
-    def _salient(self, named: Tensors, scales: Tensor | None, whole: Source, rows: int) -> Salient:
-        mask, starts, source = named.get("salient.mask"), None, whole
-        if mask is None:
-            columns = named["salient.columns"]
-            picked = None if scales is None else self._keep(scales[columns.long()])
-            source = Source(len(columns), max(len(columns), 1), self._keep(columns), picked)
-        else:
-            counts = unpack_bits(mask, self.form.columns).sum(-1)
-            ends = counts.cumsum(0)
-            if rows and int(ends[-1]) > named["salient.values"].shape[-1]:
-                raise ValueError("salient.mask has more bits than salient.values has values")
-            starts = self._keep((ends - counts).to(torch.int32))
-        return Salient(source, self._at(mask), self._at(named["salient.values"]), self._at(starts),
-                       self._at(named["salient.scales"]), TYPES[named["salient.scales"].dtype],
-                       self._at(named["salient.zeros"]))
+    def _salient(self, own: Tensors, scales: Tensor | None, whole: Source) -> Salient:
+        columns, source = own.get("columns"), whole
+        if columns is not None:
+            picked = None if scales is None else self._keep(scales.gather(1, columns.long()))
+            width = columns.shape[-1]
+            source = Source(width, max(width, 1), self._keep(columns), picked)
+        return Salient(source, _at(own.get("mask")), _at(own["values"]), _at(own.get("starts")),
+                       _at(own["scales"]), TYPES[own["scales"].dtype], _at(own["zeros"]))
 
     def _keep(self, made: Tensor | None) -> Tensor | None:
         """Return a copy that lives as long as the terms, of memory that is nobody else's."""
@@ -217,14 +244,6 @@ class Terms(OfTensors):
             return None
         self.kept.append(made.detach().contiguous().clone())
         return self.kept[-1]
-
-    def _at(self, tensor: Tensor | None) -> int:
-        """Return where a tensor lies, 0 for none; a copy where it is not in one piece."""
-        if tensor is None:
-            return 0
-        if not tensor.is_contiguous():
-            tensor = self._keep(tensor)
-        return tensor.data_ptr()
 
 
 _known: dict[int, Terms] = {}  # by the address of the first tensor
@@ -298,27 +317,67 @@ def scaled_planes(named: Tensors, form: Form) -> Iterator[tuple[Tensors, float]]
         own = leaves(named, f"plane{plane}.")
         if form.plane_ratio == 1 or plane == 0:
             shared = {n: own[n] for n in ("scales", "row_scales", "column_scales", "zones",
-                                          "columns") if n in own}
+                                          "columns", "drop") if n in own}
             yield own, 1.0
         else:
             yield own | shared, float(form.plane_ratio) ** -plane
 
 
+def _pass(own: Tensors, factor: float, drop: Tensor | None) -> Pass:
+    scales = own.get("scales")
+    return Pass(_at(own.get("signs")), _at(own.get("mask")), _at(own.get("trits")),
+                _at(own.get("zones")), _at(drop), _at(scales),
+                0 if scales is None else TYPES[scales.dtype], factor)
+
+
+def _at(tensor: Tensor | None) -> int:
+    """Return where a tensor lies, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _split(named: Tensors, form: Form, parts: int) -> Iterator[Tensors]:
-    """Yield the tensors of each part, without their parts axis."""
+    """Yield the tensors of each part, in place: [E, rows of the part, ...], or [E, ...] of those
+    with a parts axis. The list of salient values stays whole.
+    """
     rows = form.rows // parts
-    for i in range(parts):
+    for part in range(parts):
         own = {}
         for name, tensor in named.items():
-            axes = row(name, form.names).axes
-            own[name] = tensor[i] if axes[0] == "P" else \
-                tensor if parts == 1 else tensor[i * rows:(i + 1) * rows]
+            if name == "salient.values" and "salient.mask" in named:
+                own[name] = tensor
+            elif name.endswith((".drop", ".starts")) or name == "shift.zones" or \
+                    row(name, form.names).axes[0] == "N":
+                own[name] = tensor[:, part * rows:(part + 1) * rows]
+            else:
+                own[name] = tensor[:, part]
         yield own
 
 
+def _starts(mask: Tensor, values: Tensor, columns: int) -> Tensor:
+    """Return where in all of values [E, P, M] those of each row of mask [E, N, K / 8] begin."""
+    experts, parts, most = values.shape
+    counts = torch.stack([unpack_bits(own, columns).sum(-1) for own in mask])
+    counts = counts.view(experts, parts, -1)
+    ends = counts.cumsum(-1)
+    if ends.numel() and int(ends[..., -1].max()) > most:
+        raise ValueError("salient.mask has more bits than salient.values has values")
+    firsts = torch.arange(experts * parts, device=mask.device).view(experts, parts, 1) * most
+    return (firsts + ends - counts).view(experts, -1)
+
+
+def _each_part(bits: Tensor, places: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return `of` packed bits of a part [rows, ...] and its columns [C], for all parts.
+
+    bits: [E, N, ...] packed. places: [E, P, C]. Returns [E, N, ...], packed.
+    """
+    parts = bits.unflatten(1, (places.shape[1], -1)).flatten(0, 1)
+    made = [pack_bits(of(own, columns.long())) for own, columns in zip(parts, places.flatten(0, 1))]
+    return torch.stack(made).view(*bits.shape[:2], -1)
+
+
 def _spread(bits: Tensor, places: Tensor, columns: int) -> Tensor:
-    """Return packed bits of some columns as bits of all columns, 0 elsewhere."""
+    """Return packed bits of some columns as bits of all columns, 0 elsewhere, unpacked."""
     own = unpack_bits(bits, len(places))
     spread = own.new_zeros(len(own), columns)
-    spread[:, places.long()] = own
-    return pack_bits(spread)
+    spread[:, places] = own
+    return spread

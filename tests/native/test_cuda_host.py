@@ -75,15 +75,9 @@ def test_every_term(activation: str):
         form, tensors, x, bias, ends = example(seed)
         if "chain0.left" in form.names and activation in ("int1", "int2"):
             continue  # sums of signs are often 0, where these levels jump
-        if form.experts and not _simple(form):
-            continue
         y = native(x, tensors, form, bias, ends, activation)
         wrong = error(y.view(1, -1), expected(seed, activation).view(1, -1))
         assert wrong < TOLERANCES.get(activation, 1e-5), (form, wrong)
-
-
-def _simple(form) -> bool:
-    return cuda.unsupported(form, torch.float32) is None
 
 
 # Widths and groups of each way to read codes: 16 bytes a load, or words of bits anywhere.
@@ -254,6 +248,28 @@ def test_experts(kernels):
             y = native(x, tensors, form, bias, offsets)
             exact = reference.packed_linear(x.double(), tensors, form.text, bias, offsets)
             assert torch.allclose(y.double(), exact, atol=1e-4)
+            assert not y[ends[-1]:].any()
+
+
+# Of one part and of two; empty experts, tokens that are nobody's, and no planes at all.
+@pytest.mark.parametrize("activation", ("float", "int8"))
+@pytest.mark.parametrize("parts", (1, 2))
+def test_experts_with_every_term(parts: int, activation: str, kernels):
+    every = [*itertools.product(TERMS, (("mask", "trits"),)), (("chain", "low_rank"), ()),
+             (("salient.mask", "input_scales"), ()), (("salient.columns",), ()),
+             (("salient.mask", "columns", "zones", "shift"), ("signs", "mask")),
+             (("salient.mask", "columns", "rank"), ("signs", "trits", "mask"))]
+    for seed, (terms, codes) in enumerate(every):
+        kernels.bitlm_cuda_emulate_backwards(seed % 2)
+        form, named = plain.example(codes, terms, 20, 90, 32, 1 + seed % 2, parts, 3)
+        tensors, x, bias = list(named.values()), torch.randn(11, 90), torch.randn(3, form.rows)
+        for ends in ([4, 4, 9], [0, 11, 11], [0, 0, 0]):
+            offsets = torch.tensor(ends, dtype=torch.int32)
+            y = native(x, tensors, form, bias, offsets, activation)
+            exact = reference.packed_linear(x.double() if activation == "float" else x, tensors,
+                                            form.text, bias, offsets, activation)
+            wrong = (y.double() - exact).norm()
+            assert wrong <= TOLERANCES.get(activation, 1e-5) * exact.norm(), (terms, ends)
             assert not y[ends[-1]:].any()
 
 

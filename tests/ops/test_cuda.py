@@ -68,8 +68,6 @@ def test_every_term(activation: str):
         form, tensors, x, bias, ends = example(seed)
         if "chain0.left" in form.names and activation in ("int1", "int2"):
             continue  # sums of signs are often 0, where these levels jump
-        if cuda.unsupported(form, torch.float32):
-            continue
         y = native(x, tensors, form, bias, ends, activation)
         wrong = error(y.view(1, -1), expected(seed, activation).view(1, -1))
         assert wrong < TOLERANCES.get(activation, 1e-5), (form, wrong)
