@@ -86,6 +86,10 @@ typedef struct bitlm_cuda_product {
 
 BITLM_API int bitlm_cuda_product_launch(const bitlm_cuda_product* call, void* stream);
 
+// The same for many tokens of 1 and 2 bits: passes of signs, signs and mask, or a shift; columns and
+// group_size multiples of 128, or one group. Signs and masks lie at multiples of 16 bytes.
+BITLM_API int bitlm_cuda_few_launch(const bitlm_cuda_product* call, void* stream);
+
 // ---- Products of many tokens of 16 bits ----------------------------------------------------------
 
 // x in the order in which the product reads it; columns: a multiple of 32.

@@ -26,7 +26,7 @@ if(failed)
 endif()
 
 add_library(bitlm_cuda SHARED
-  cuda_about.cu cuda_combine.cu cuda_many.cu cuda_product.cu cuda_product_1.cu cuda_product_2.cu
+  cuda_about.cu cuda_combine.cu cuda_few.cu cuda_many.cu cuda_product.cu cuda_product_1.cu cuda_product_2.cu
   cuda_product_3.cu cuda_rows.cu cuda_salient.cu cuda_stage.cu)
 set_target_properties(bitlm_cuda PROPERTIES
   CUDA_STANDARD 17

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .cuda_table import Settings
 from .form import Form
+from .rounding import LEVELS
 
 # Rows, columns and group of a weight, and what it has: rows of whole 16 bytes with groups of 128,
 # the same with masks and one group a row, rows whose codes begin anywhere, the terms that have
@@ -25,13 +26,14 @@ CASES = (((48, 512, 128), ("signs",)), ((48, 384, 384), ("signs", "mask", "shift
          ((24, 128, 64), ("signs", "experts", "input_scales", "low_rank")))
 EXPERTS = 3
 NEVER = 1 << 30
-BITS = Settings((1, 2, 4, 8), NEVER, NEVER, NEVER)
+BITS = Settings((1, 2, 4, 8), NEVER, NEVER, NEVER, few_tokens=NEVER)
 # Tokens, dtype, activation and settings: every way to multiply.
 WAYS = [(tokens, dtype, activation, BITS) for tokens in (1, 9)
         for dtype in (torch.float32, torch.float16) for activation in ("float", "int8")]
 WAYS += [(tokens, torch.float16, "float", BITS) for tokens in (2, 4)]
 WAYS += [(10, dtype, "float", Settings(many_tokens=1, dense_tokens=NEVER, many_tiles=tiles))
          for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2)]
+WAYS += [(10, torch.float16, activation, Settings(few_tokens=1)) for activation in LEVELS]
 # Of the size of the result; a kernel that is wrong is wrong by about all of it.
 TOLERANCE = 2e-2
 

@@ -33,10 +33,12 @@ from .cuda_table import Settings
 from .cuda_terms import Part, Source, Terms, terms
 from .cuda_terms import Product as ProductTerm
 from .form import Form, planes
+from .rounding import LEVELS
 from .structs import ACTIVATIONS, TYPES
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _FLOAT, _INT16 = _NUMBERS["float"], _NUMBERS["int16"]
+_LEVELS = {_NUMBERS[name] for name in LEVELS}
 # Rows of inputs are filled up to whole blocks of tokens.
 _MOST_BLOCK_TOKENS = 8
 
@@ -201,8 +203,10 @@ class _Call:
         digits = self._digits(x)
         memory = cuda_table.staging_bytes(units_of(term.source.columns, term.source.group_size)[0],
                                           digits)
+        few = term.few and self.activation in _LEVELS and \
+            rows // (experts or 1) >= self.settings.few_tokens
         alone = rows == 1 and not experts and memory <= cuda_table.MOST_STAGING_BYTES and \
-            (term.source, True) not in self.staged and bool(term.passes)
+            (term.source, True) not in self.staged and bool(term.passes) and not few
         staged = self._stage(term.source, x) if term.passes and not alone else \
             _Staged(self._input(term.source, x, 1))
         call = Product(staged.struct, (Pass * MAX_PASSES)(*term.passes), y.data_ptr(),
@@ -211,7 +215,7 @@ class _Call:
                        term.rows, y.shape[1], column, TYPES[y.dtype],
                        0 if bias is None else TYPES[bias.dtype], experts,
                        self.settings.block(rows // (experts or 1)), alone, term.expert_rows)
-        _launch("bitlm_cuda_product_launch", call, y.device)
+        _launch("bitlm_cuda_few_launch" if few else "bitlm_cuda_product_launch", call, y.device)
 
     def _digits(self, x: Tensor) -> int:
         if self.activation == _FLOAT:

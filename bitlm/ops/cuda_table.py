@@ -29,7 +29,8 @@ class Settings:
     dense_tokens: from so many on, cuBLAS multiplies by a dense copy, piece by piece: its
     instructions are faster by token, and making the copy is little beside it. dense_tokens_alone:
     the same where there is no kernel for many tokens. many_tiles: 1 or 2, a block of it makes 64 or
-    128 rows; 0: the more, where there are still blocks enough for the card.
+    128 rows; 0: the more, where there are still blocks enough for the card. few_tokens: from so
+    many of 1 and 2 bits on, a bit product takes 8 tokens at a time.
     """
 
     block_tokens: tuple[int, int, int, int] = (1, 2, 4, 8)
@@ -37,6 +38,7 @@ class Settings:
     dense_tokens: int = 1024
     dense_tokens_alone: int = 256
     many_tiles: int = 0
+    few_tokens: int = 16
 
     def block(self, tokens: int) -> int:
         """Return how many of `tokens` tokens a block of a bit product takes."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bits import pack_bits, unpack_bits
 from .cache import OfTensors, must_fit, undisturbed
-from .cuda_structs import MANY_PASSES, MAX_PASSES, STEP_COLUMNS, Pass
+from .cuda_structs import MANY_PASSES, MAX_PASSES, STEP_COLUMNS, UNIT_COLUMNS, Pass
 from .form import Form, chains, damaged_columns, parse, planes, row
 from .structs import TYPES
 
@@ -42,13 +42,20 @@ class Source:
 class Product:
     """Passes over the columns of one source, at most MAX_PASSES; perhaps none.
 
-    expert_rows: from an expert's rows of the tensors to the next one's.
+    expert_rows: from an expert's rows of the tensors to the next one's. few: whether many tokens of
+    1 and 2 bits have a kernel of their own (bitlm_cuda_few).
     """
 
     source: Source
     rows: int
     expert_rows: int
     passes: list[Pass]
+    few: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = self.source
+        self.few = bool(self.passes) and _whole(own.columns, own.group_size, UNIT_COLUMNS) and \
+            all(_plain(each, 16) for each in self.passes)
 
 
 @dataclass(eq=False)
@@ -297,12 +304,20 @@ def _fits_many(form: Form, part: Part) -> bool:
     if part.ranked or part.chains or part.salient or part.low_rank or len(part.products) != 1:
         return False
     own = part.products[0]
-    grouped = form.group_size >= form.columns or form.group_size % STEP_COLUMNS == 0
-    return grouped and form.columns % STEP_COLUMNS == 0 and own.source.places is None and \
-        own.source.multipliers is None and \
-        0 < len(own.passes) <= MANY_PASSES and \
-        not any(p.trits or p.zones or p.drop or (p.signs or 0) % 8 or (p.mask or 0) % 8
-                for p in own.passes)
+    return _whole(form.columns, form.group_size, STEP_COLUMNS) and own.source.places is None and \
+        own.source.multipliers is None and 0 < len(own.passes) <= MANY_PASSES and \
+        all(_plain(each, 8) for each in own.passes)
+
+
+def _whole(columns: int, group_size: int, step: int) -> bool:
+    """Tell whether groups, or the one that there is, are whole steps of columns."""
+    return columns % step == 0 and (group_size >= columns or group_size % step == 0)
+
+
+def _plain(given: Pass, alignment: int) -> bool:
+    """Tell whether a pass is a shift, or signs and perhaps a mask at multiples of `alignment`."""
+    return not (given.trits or given.zones or given.drop or (given.signs or 0) % alignment
+                or (given.mask or 0) % alignment)
 
 
 def leaves(named: Tensors, prefix: str) -> Tensors:

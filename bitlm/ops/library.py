@@ -50,6 +50,7 @@ CPU = Interface(2, "bitlm_abi_version", {  # native/bitlm.h
 CUDA = Interface(2, "bitlm_cuda_abi_version", {  # native/bitlm_cuda.h
     "bitlm_cuda_stage": _LAUNCH,
     "bitlm_cuda_product_launch": _LAUNCH,
+    "bitlm_cuda_few_launch": _LAUNCH,
     "bitlm_cuda_order_launch": _LAUNCH,
     "bitlm_cuda_many_launch": _LAUNCH,
     "bitlm_cuda_combine_launch": _LAUNCH,

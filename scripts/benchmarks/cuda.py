@@ -37,7 +37,8 @@ WORKS = [
     *(Work("batch", 28672, 8192, batch) for batch in (8, 16)),
     *(Work("prefill", 4096, 4096, batch) for batch in (128, 256, 512, 2048, 8192)),
     *(Work("int8", 4096, 11008, batch, activation="int8") for batch in (1, 16, 512)),
-    *(Work("one bit", 4096, 4096, batch, activation="int1") for batch in (1, 512)),
+    *(Work("one bit", 4096, 4096, batch, activation="int1") for batch in (1, 16, 128, 512, 4096)),
+    Work("two bits", 4096, 4096, 512, kinds=("ternary",), activation="int2"),
 ]
 MOST_ERROR = 0.02  # relative to the result; bf16 has 0.004
 COPY_SHARE_FROM = 28 * 1024 * 1024  # bytes of packed weights
@@ -105,7 +106,7 @@ def take_turns(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, l
 
 NEVER = 1 << 30
 # Settings that make a product in one way, and the batches at which ways are compared.
-WAYS = {"bits": cuda_table.Settings((1, 2, 4, 8), NEVER, NEVER, NEVER),
+WAYS = {"bits": cuda_table.Settings((1, 2, 4, 8), NEVER, NEVER, NEVER, few_tokens=NEVER),
         "many": cuda_table.Settings(many_tokens=1, dense_tokens=NEVER),
         "dense": cuda_table.Settings(dense_tokens=1)}
 BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
@@ -131,7 +132,17 @@ def tune(rounds: int) -> str:
         winning &= {name for name, won in wins.items() if won}
         best |= dict.fromkeys(winning, tokens)
         lines.append(f"{tokens} tokens: {_shown(times)}")
-    own = cuda_table.Settings(tuple(blocks), best["many"], best["dense"], best["alone"])
+    few = NEVER
+    for tokens in reversed(BATCHES[:8]):
+        layer = Layer(Work("tune", 4096, 4096, tokens, activation="int1"))
+        times = {name: _median(layer, rounds, replace(ways["bits"], few_tokens=limit))
+                 for name, limit in (("plane by plane", NEVER), ("8 at a time", 1))}
+        lines.append(f"{tokens} tokens of 1 bit: {_shown(times)}")
+        if times["8 at a time"] >= times["plane by plane"]:
+            break
+        few = tokens
+    own = cuda_table.Settings(tuple(blocks), best["many"], best["dense"], best["alone"],
+                              few_tokens=few)
     cuda_table.write(torch.cuda.get_device_capability(), own)
     return "\n".join([*lines, f"{cuda_table.TABLE.name}: {own}"])
 

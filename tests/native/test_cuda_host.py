@@ -174,6 +174,44 @@ def test_many_tokens(rows, columns, group, kinds, tiles, kernels, monkeypatch):
         assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise).all()
 
 
+@pytest.mark.parametrize("activation", ("int2", "uint2", "int1", "uint1"))
+@pytest.mark.parametrize("rows, columns, group, kinds", [
+    (70, 1280, 128, ("binary",)), (64, 384, None, ("ternary",)), (33, 768, 256, ("binary",) * 2),
+    (65, 640, None, ("ternary", "binary"))])
+def test_many_tokens_of_few_levels(rows, columns, group, kinds, activation, kernels, monkeypatch):
+    settings = cuda_table.Settings(few_tokens=1)
+    monkeypatch.setattr(cuda_launch, "settings_of", lambda device: settings)
+    form, tensors = random_weight(rows, columns, group, kinds, shift=rows % 2 == 0)
+    assert all(product.few for product in cuda_terms.terms(form.text, tensors).parts[0].products)
+    for tokens, dtype in ((1, torch.float32), (9, torch.float16), (77, torch.bfloat16)):
+        kernels.bitlm_cuda_emulate_backwards(tokens % 2)
+        x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(rows)
+        x[0, 5] = float("nan") if tokens == 77 else 1.0
+        for step in (None, torch.tensor(0.8)):
+            y = native(x, tensors, form, bias, None, activation, step)
+            exact = reference.packed_linear(x.float(), tensors, form.text, bias, None, activation,
+                                            step)
+            assert y.dtype == dtype and (tokens < 77 or y[0].isnan().all())
+            rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+            own = slice(tokens == 77, None)
+            assert error(y[own], exact[own].double()) < rounding
+
+
+def test_many_tokens_of_few_levels_and_other_terms(kernels, monkeypatch):
+    settings = cuda_table.Settings(few_tokens=1)
+    monkeypatch.setattr(cuda_launch, "settings_of", lambda device: settings)
+    offsets = torch.tensor([5, 5, 40], dtype=torch.int32)
+    for terms, experts, activation in itertools.product(
+            (("rank",), ("input_scales", "low_rank"), ("salient.columns", "shift")), (0, 3),
+            ("int1", "uint2")):
+        form, named = plain.example(("signs", "mask"), terms, 20, 256, 128, 1, 2, experts)
+        tensors, x = list(named.values()), torch.randn(45, 256)
+        arguments = (None, offsets if experts else None, activation)
+        y = native(x, tensors, form, *arguments)
+        exact = reference.packed_linear(x, tensors, form.text, *arguments)
+        assert (y - exact).norm() <= 1e-5 * exact.norm(), (terms, experts)
+
+
 def test_input_scales_are_not_rounded_to_16_bits(monkeypatch):
     monkeypatch.setattr(cuda_launch, "settings_of",
                         lambda device: cuda_table.Settings(many_tokens=1))
