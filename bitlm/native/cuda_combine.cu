@@ -8,9 +8,10 @@ constexpr int combine_threads = 256;
 
 __global__ void __launch_bounds__(combine_threads) combine_kernel(const __grid_constant__
                                                                   bitlm_cuda_combine call) {
-  int64_t at = static_cast<int64_t>(blockIdx.x) * combine_threads + threadIdx.x;
-  if (at >= static_cast<int64_t>(call.tokens) * call.rows) return;
-  int64_t token = at / call.rows, row = at % call.rows, scales = row;
+  int blocks = ceil_div(call.rows, combine_threads);  // of a token
+  int64_t token = blockIdx.x / blocks;
+  int64_t row = blockIdx.x % blocks * combine_threads + threadIdx.x, scales = row;
+  if (row >= call.rows) return;
   if (call.experts) {
     int expert = expert_of(call.experts, call.offsets, static_cast<int>(token));
     if (expert == call.experts) return;
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(combine_threads) thin_kernel(const __grid_cons
 
 int bitlm_cuda_combine_launch(const bitlm_cuda_combine* call, void* stream) {
   using namespace bitlm;
-  int64_t all = static_cast<int64_t>(call->tokens) * call->rows;
-  dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(all, combine_threads)));
+  int64_t blocks_of_token = ceil_div(call->rows, combine_threads);
+  dim3 blocks(static_cast<unsigned>(call->tokens * blocks_of_token));
   return launch(combine_kernel, *call, blocks, combine_threads, 0, stream);
 }
 

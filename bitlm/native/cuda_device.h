@@ -201,21 +201,47 @@ struct Slice {
 };
 
 // all: the rows there are, `rank` of each token. tokens: rows of a block, the index-th of which this is.
+// Whole warps come here: lanes look at an expert each.
 BITLM_DEVICE Slice slice_of(int experts, const int32_t* offsets, int rank, int all, int index,
                             int tokens) {
   if (!experts) return {0, index * tokens, smaller((index + 1) * tokens, all)};
-  int start = 0;
-  for (int expert = 0; expert < experts; expert++) {
-    int end = smaller(rank * load<int32_t>(offsets + expert), all);
-    int own = ceil_div(larger(end - start, 0), tokens);
-    if (index < own) {
-      int first = start + index * tokens;
-      return {expert, first, smaller(first + tokens, end)};
+  int lane = threadIdx.x % warp_lanes, start = 0;
+  for (int first = 0; first < experts; first += warp_lanes) {
+    int expert = first + lane;
+    int end = expert < experts ? smaller(rank * load<int32_t>(offsets + expert), all) : 0;
+    end = larger(end, start);
+    for (int step = 1; step < warp_lanes; step *= 2) {
+      int other = __shfl_up_sync(0xffffffffu, end, step);
+      if (lane >= step) end = larger(end, other);
     }
-    index -= own;
-    start = larger(end, start);
+    int begin = __shfl_up_sync(0xffffffffu, end, 1);
+    if (lane == 0) begin = start;
+    int own = ceil_div(end - begin, tokens), until = own;
+    for (int step = 1; step < warp_lanes; step *= 2) {
+      int other = __shfl_up_sync(0xffffffffu, until, step);
+      if (lane >= step) until += other;
+    }
+    int blocks = __shfl_sync(0xffffffffu, until, warp_lanes - 1);
+    if (index < blocks) {
+      int owner = until - own <= index && index < until ? lane : 0;
+      for (int step = 16; step; step /= 2) {
+        owner = larger(owner, __shfl_xor_sync(0xffffffffu, owner, step));
+      }
+      int before = __shfl_sync(0xffffffffu, until - own, owner);
+      int token = __shfl_sync(0xffffffffu, begin, owner) + (index - before) * tokens;
+      end = __shfl_sync(0xffffffffu, end, owner);
+      return {first + owner, token, smaller(token + tokens, end)};
+    }
+    index -= blocks;
+    start = __shfl_sync(0xffffffffu, end, warp_lanes - 1);
   }
   return {0, 0, 0};
+}
+
+// How many blocks slice_of needs: none is empty, so never more than there are rows.
+inline int slices_of(int experts, int rows, int tokens) {
+  int most = experts ? rows / tokens + experts : ceil_div(rows, tokens);
+  return most < rows ? most : rows;
 }
 
 // The expert of a token, `experts` behind the last one's; 0 where there are none.

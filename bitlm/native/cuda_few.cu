@@ -13,8 +13,7 @@ __global__ void __launch_bounds__(few_threads, 2)
 
 template <int A>
 int start_few(const bitlm_cuda_product& call, void* stream) {
-  int rows = call.input.rows, tokens = few_tokens(A);
-  int slices = call.experts ? rows / tokens + call.experts : ceil_div(rows, tokens);
+  int slices = slices_of(call.experts, call.input.rows, few_tokens(A));
   dim3 blocks(static_cast<unsigned>(slices), static_cast<unsigned>(ceil_div(call.rows, few_rows)));
   return launch(few_kernel<A>, call, blocks, few_threads, few_memory(A), stream);
 }

@@ -13,8 +13,7 @@ __global__ void __launch_bounds__(many_threads, 1)
 
 template <int R>
 int start_many(const bitlm_cuda_many& call, void* stream) {
-  int slices = call.experts ? call.tokens / many_tokens + call.experts
-                            : ceil_div(call.tokens, many_tokens);
+  int slices = slices_of(call.experts, call.tokens, many_tokens);
   dim3 blocks(static_cast<unsigned>(slices),
               static_cast<unsigned>(ceil_div(call.rows, many_rows(R))));
   int memory = many_memory(R, call.count);

@@ -46,7 +46,7 @@ bool is_fast(const bitlm_cuda_product& call) {
 
 template <int D, int R, int T, bool FAST, bool STAGES>
 int start(const bitlm_cuda_product& call, void* stream) {
-  int slices = call.experts ? call.input.rows / T + call.experts : ceil_div(call.input.rows, T);
+  int slices = slices_of(call.experts, call.input.rows, T);
   // Blocks of the same rows run side by side, so that memory is asked for the codes once.
   dim3 blocks(static_cast<unsigned>(slices),
               static_cast<unsigned>(ceil_div(call.rows, R * tile_rows)));

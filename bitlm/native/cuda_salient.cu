@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(salient_threads) salient_kernel(const __grid_c
 
 int bitlm_cuda_salient_launch(const bitlm_cuda_salient* call, void* stream) {
   using namespace bitlm;
-  int slices = call->experts ? call->tokens / salient_tokens + call->experts
-                             : ceil_div(call->tokens, salient_tokens);
+  int slices = slices_of(call->experts, call->tokens, salient_tokens);
   dim3 blocks(static_cast<unsigned>(slices),
               static_cast<unsigned>(ceil_div(call->rows, salient_rows)));
   return launch(salient_kernel, *call, blocks, salient_threads, 0, stream);

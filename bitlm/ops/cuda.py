@@ -103,11 +103,14 @@ def dequantize(tensors: list[Tensor], form: str, dtype: torch.dtype) -> Tensor:
         _note(reason)
         return reference.dequantize(tensors, form, dtype)
     _must_be_on(tensors[0].device, tensors)
-    rows = layout.rows * (layout.experts or 1)
     with cuda_launch.on(tensors[0].device):
-        dense = cuda_launch.rows(terms(form, tensors), None, rows, dtype)
-    shape = (layout.rows, layout.columns)
-    return dense.reshape((layout.experts, *shape) if layout.experts else shape)
+        return _dense(tensors, layout, dtype)
+
+
+def _dense(tensors: list[Tensor], form: Form, dtype: torch.dtype) -> Tensor:
+    rows = form.rows * (form.experts or 1)
+    dense = cuda_launch.rows(terms(form.text, tensors), None, rows, dtype)
+    return dense.view(*((form.experts,) if form.experts else ()), form.rows, form.columns)
 
 
 def _must_be_on(device: torch.device, tensors: Sequence[Tensor | None]) -> None:
@@ -138,7 +141,7 @@ def disagreement(device: torch.device) -> str | None:
         return cuda_launch.linear(x, tensors, form, None, offsets, activation, None, settings)
 
     def dense(tensors: list[Tensor], form: Form) -> Tensor:
-        return cuda_launch.rows(terms(form.text, tensors), None, form.rows, torch.float32)
+        return _dense(tensors, form, torch.float32)
 
     with cuda_launch.on(device), torch.no_grad():
         return cuda_check.disagreement(linear, dense, device)

@@ -20,10 +20,11 @@ from .rounding import LEVELS
 # Rows, columns and group of a weight, and what it has: rows of whole 16 bytes with groups of 128,
 # the same with masks and one group a row, rows whose codes begin anywhere, the terms that have
 # kernels of their own, and experts.
-CASES = (((48, 512, 128), ("signs",)), ((48, 384, 384), ("signs", "mask", "shift")),
+CASES = (((72, 512, 128), ("signs",)), ((48, 384, 384), ("signs", "mask", "shift")),
          ((40, 200, 40), ("trits",)), ((24, 128, 128), ("signs", "salient")),
          ((24, 128, 128), ("signs", "ranked")),
-         ((24, 128, 64), ("signs", "experts", "input_scales", "low_rank")))
+         ((72, 256, 128), ("signs", "mask", "experts", "input_scales", "low_rank")),
+         ((24, 128, 128), ("signs", "experts", "columns")), ((24, 128, 64), ("signs", "experts")))
 EXPERTS = 3
 NEVER = 1 << 30
 BITS = Settings((1, 2, 4, 8), NEVER, NEVER, NEVER, few_tokens=NEVER)
@@ -33,7 +34,7 @@ WAYS = [(tokens, dtype, activation, BITS) for tokens in (1, 9)
 WAYS += [(tokens, torch.float16, "float", BITS) for tokens in (2, 4)]
 WAYS += [(10, dtype, "float", Settings(many_tokens=1, dense_tokens=NEVER, many_tiles=tiles))
          for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2)]
-WAYS += [(10, torch.float16, activation, Settings(few_tokens=1)) for activation in LEVELS]
+WAYS += [(70, torch.float16, activation, Settings(few_tokens=1)) for activation in LEVELS]
 # Of the size of the result; a kernel that is wrong is wrong by about all of it.
 TOLERANCE = 2e-2
 
@@ -53,7 +54,7 @@ def disagreement(linear: Linear, dense: Dense, device: torch.device) -> str | No
         there = [tensor.to(device) for tensor in tensors]
         case = f"{rows}x{columns} {'+'.join(names)}"
         try:
-            if not {"ranked", "low_rank"} & set(names):
+            if not {"ranked", "low_rank", "columns"} & set(names):
                 expected = reference.dequantize(tensors, form.text, torch.float32)
                 if not _error(dense(there, form), expected) <= 1e-5:
                     return f"the CUDA kernels give other dense weights than the reference ({case})"
@@ -104,6 +105,12 @@ def _weight(rows: int, columns: int, group: int, names: tuple[str, ...], random:
         count = sum(int(byte).bit_count() for byte in mask.flatten())
         named |= {"salient.mask": mask, "salient.values": codes(columns).view(1, -1)[:, :count],
                   "salient.scales": scales(rows) / 64, "salient.zeros": codes(1).view(-1)}
+    if "columns" in names:
+        picked = [torch.randperm(columns, generator=random)[:9].sort().values
+                  for _ in range(experts or 1)]
+        places = torch.stack(picked).to(torch.int32)
+        named |= {"salient.columns": places.view(*lead, 1, 9), "salient.values": codes(9),
+                  "salient.scales": scales(rows) / 64, "salient.zeros": codes(1)[..., 0]}
     if "input_scales" in names:
         named["input_scales"] = scales(1, columns)
     if "low_rank" in names:

@@ -214,7 +214,7 @@ class _Call:
                        0 if bias is None else bias.data_ptr(), self._ends(), len(term.passes),
                        term.rows, y.shape[1], column, TYPES[y.dtype],
                        0 if bias is None else TYPES[bias.dtype], experts,
-                       self.settings.block(rows // (experts or 1)), alone, term.expert_rows)
+                       self.settings.block(-(-rows // (experts or 1))), alone, term.expert_rows)
         _launch("bitlm_cuda_few_launch" if few else "bitlm_cuda_product_launch", call, y.device)
 
     def _digits(self, x: Tensor) -> int:

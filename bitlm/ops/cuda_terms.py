@@ -174,8 +174,8 @@ class Terms(OfTensors):
         kept_scales = scales  # of what salient columns leave
         if "salient.columns" in named:
             columns = named["salient.columns"].long()
-            kept_scales = torch.ones(len(columns), form.columns, device=columns.device) \
-                if scales is None else scales.clone()
+            kept_scales = torch.ones(len(columns), form.columns, dtype=torch.float32,
+                                     device=columns.device) if scales is None else scales.clone()
             kept_scales.scatter_(1, columns, 0.0)
         whole = Source(form.columns, form.group_size, None, self._keep(kept_scales))
         drop = named.get("salient.mask")
@@ -246,9 +246,12 @@ class Terms(OfTensors):
                        _at(own["scales"]), TYPES[own["scales"].dtype], _at(own["zeros"]))
 
     def _keep(self, made: Tensor | None) -> Tensor | None:
-        """Return a copy that lives as long as the terms, of memory that is nobody else's."""
+        """Return a tensor that lives as long as the terms: a copy, unless it is a part of one."""
         if made is None:
             return None
+        memory = made.untyped_storage().data_ptr()
+        if made.is_contiguous() and memory in {t.untyped_storage().data_ptr() for t in self.kept}:
+            return made
         self.kept.append(made.detach().contiguous().clone())
         return self.kept[-1]
 

@@ -144,6 +144,35 @@ def test_experts():
         assert torch.allclose(y.double(), exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("parts", (1, 2))
+def test_experts_with_every_term(parts: int):
+    for terms, dtype in itertools.product(TERMS, (torch.float32, torch.float16)):
+        form, named = plain.example(("mask", "trits"), terms, 20, 90, 32, 1, parts, 3)
+        tensors, bias = list(named.values()), torch.randn(3, form.rows)
+        x, offsets = torch.randn(60, 90).to(dtype), torch.tensor([4, 4, 50], dtype=torch.int32)
+        for activation in ("float", "int8", "uint2"):
+            y = native(x, tensors, form, bias, offsets, activation)
+            exact = reference.packed_linear(x.double() if activation == "float" else x.float(),
+                                            tensors, form.text, bias, offsets, activation)
+            limit = max(TOLERANCES.get(activation, 1e-5), 1e-3 * (dtype == torch.float16))
+            assert (y.double() - exact).norm() <= limit * exact.norm(), (terms, activation)
+            assert not y[50:].any()
+
+
+@pytest.mark.parametrize("activation", ("int2", "uint2", "int1", "uint1"))
+@pytest.mark.parametrize("rows, columns, group, kinds", [
+    (1000, 4096, 128, ("binary",)), (70, 1280, None, ("ternary",)), (33, 768, 256, ("binary",) * 2),
+    (65, 640, None, ("ternary", "binary"))])
+def test_many_tokens_of_few_levels(rows, columns, group, kinds, activation):
+    form, tensors = random_weight(rows, columns, group, kinds, shift=rows % 2 == 0)
+    for tokens, dtype in ((16, torch.float32), (77, torch.float32), (600, torch.bfloat16)):
+        x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(rows)
+        y = native(x, tensors, form, bias, None, activation, torch.tensor(0.8))
+        exact = reference.packed_linear(x.float(), tensors, form.text, bias, None, activation,
+                                        torch.tensor(0.8))
+        assert error(y, exact.double()) < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
 def test_rows_and_dense_weights():
     for seed, (terms, codes) in enumerate(itertools.product(TERMS, PLANES)):
         ratio, parts, experts, rows, columns, group = SIZES[seed % len(SIZES)]
@@ -167,7 +196,7 @@ def test_rows_and_dense_weights():
 def test_cuda_graphs_replay_with_new_inputs():
     form, tensors = random_weight(**DECODE)
     there = [tensor.to(GPU) for tensor in tensors]
-    for batch, activation in itertools.product((1, 5, 40), ("float", "int8")):
+    for batch, activation in itertools.product((1, 5, 40, 100), ("float", "int8", "int1")):
         x = torch.randn(batch, 4096, device=GPU, dtype=torch.float16)
         packed_linear(x, there, form.text, None, None, activation)  # looks at the tensors
         torch.cuda.synchronize()

@@ -59,15 +59,18 @@ class Layer:
         self.bytes = sum(t.numel() * t.element_size() for t in self.tensors)
         self.x = torch.randn(work.tokens, columns, device="cuda", dtype=torch.bfloat16)
 
-    def error(self, y: Tensor) -> float:
-        """Return the relative error of a result, of up to 32 tokens, against float64."""
+    def error(self, y: Tensor, activation: str) -> float:
+        """Return the relative error of a result, of up to 32 tokens, against float64.
+
+        activation: how the engine rounds x.
+        """
         x = self.x[:32].double()
-        if self.work.activation == "float":
+        if activation == "float":
             weight = reference.dequantize(self.tensors, self.form.text, torch.float32)
             exact = x @ weight.double().T
         else:
             exact = reference.packed_linear(x, self.tensors, self.form.text, None, None,
-                                            self.work.activation)
+                                            activation)
         return ((y[:32].double() - exact).norm() / exact.norm()).item()
 
 
