@@ -67,6 +67,14 @@ def _bipft(bits: int) -> Placement:
         estimators=1))
 
 
+def _bivit() -> Placement:
+    signed = Quantizer(bits=1)
+    # The paper trains from random weights and leaves out what a 1 is worth: a dense checkpoint
+    # needs it.
+    kept = Quantizer("threshold", bits=1, rescale="mean")
+    return Placement(signed, Quantizer(bits=1, signed=False), _attention(signed, kept))
+
+
 def _minmax(bits: int) -> Placement:
     rounded = Quantizer("dynamic", bits, signed=False)
     return Placement(rounded, None, _attention(rounded, rounded))
@@ -83,6 +91,8 @@ PLACEMENTS: dict[str, dict[int, Placement]] = {
     # BERT-like models with GELU (arXiv 2312.08937).
     "bipft": {1: _bipft(1), 2: _bipft(2), 8: Placement(
         _SIGNED8, None, _attention(_SIGNED8, _UNSIGNED8, estimators=1))},
+    # Vision transformers (arXiv 2211.07091): probabilities by a threshold of their row.
+    "bivit": {1: _bivit(), 8: Placement(_SIGNED8, None, _attention(_SIGNED8, _UNSIGNED8))},
     # What learned steps are compared with: equal ones between the smallest and the largest value.
     "minmax": {1: _minmax(1), 2: _minmax(2), 8: Placement(
         _SIGNED8, None, _attention(_SIGNED8, _UNSIGNED8))},

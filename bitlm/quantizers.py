@@ -73,8 +73,8 @@ class ElasticQuantizer(ActivationQuantizer):
 
     The first forward in training sets the step, from all processes' batches where there are
     several: 2 mean|x|, unsigned 4 mean|x| / sqrt(2^bits - 1). What was loaded is not set again.
-    Raises RuntimeError in evaluation before that. Under `fully_shard`, and for a graph without
-    breaks, it must be done before: see `initialise`.
+    Raises RuntimeError in evaluation before that, ValueError for a batch that is not finite. Under
+    `fully_shard`, and for a graph without breaks, it must be done before: see `initialise`.
 
     Source: TBT (arXiv 2306.01841), BiT (arXiv 2205.13016); methods of LSQ (arXiv 1902.08153). The
     gradient reaches x where low <= x / a <= high; that of the step is divided by
@@ -147,8 +147,8 @@ class ElasticQuantizer(ActivationQuantizer):
             distributed.all_reduce(total)
         mean = float(total[0] / total[1])
         if not isfinite(mean):
-            raise RuntimeError(f"{name} cannot be initialised: its first batch has values that are "
-                               "not finite, or is empty")
+            raise ValueError(f"{name} cannot be initialised: its first batch has values that are "
+                             "not finite, or is empty")
         step = 2 * mean if self.spec.signed else 4 * mean / sqrt(2 ** self.spec.bits - 1)
         self.step.fill_(step)
         if self.spec.minimum:

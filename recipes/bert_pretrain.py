@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM, default_data_collator
 
 from bitlm.calibration.text import TextError, check_ids, read_texts, token_windows
 from bitlm.evaluate.batches import evaluating
-from bitlm.evaluate.language import check_reads
+from bitlm.evaluate.language import check_reads, vocabulary
 from bitlm.evaluate.load import load_model
 from bitlm.source import quiet, resolve
 from bitlm.train import rows, stages
@@ -43,7 +43,7 @@ def run(settings, say=None):
         load=partial(load, top), tokenizer=tokenizer, headline="perplexity", lower=True,
         rows=rows.Noised(train.tolist(), noise, top.seed),
         collate=lambda model: default_data_collator,
-        check=lambda model: check_reads(model, top.length, "length"),
+        check=partial(check, top, tokenizer, train),
         measure=partial(measure, top, rows.Noised(valid.tolist(), noise, top.seed))), say)
 
 
@@ -59,8 +59,13 @@ def blocks(top, tokenizer, texts, held):
     else:
         cut = max(1, len(found) // 20)
         found, valid = found[:-cut], found[-cut:]
-    check_ids(found, len(tokenizer), tokenizer)
     return found[:top.limit or None], valid[:top.blocks or None]
+
+
+def check(top, tokenizer, train, model):
+    """Raise for a model that reads less than a block, or has not all of its tokens."""
+    check_reads(model, top.length, "length")
+    check_ids(train, vocabulary(model), tokenizer)
 
 
 def load(top, name):

@@ -39,6 +39,10 @@ def run(settings, say=None):
     if Path(top.data).is_file():
         raise DataError(f"{top.data} is one file: name its folder, with train and dev files")
     check_losses(settings, names)
+    own = top.teacher
+    if not (own.model or own.epochs or own.steps) and top.model and not has_head(top.model):
+        raise RecipeError(f"{top.model} has no head for {top.task}, and teacher.epochs=0 trains "
+                          "none: name a fine-tuned teacher, teacher.model=DIR, or let it train")
     work, short = evaluations(top)
     rows = load_split(folder(top), "train", top.task, top.limit or None)
     inputs, labels = glue.examples(top.task, rows)
@@ -79,9 +83,17 @@ def folder(top):
     return found.get(top.task, top.data)
 
 
+def has_head(name):
+    """Tell whether a model is a sequence classifier, with a head that was trained."""
+    named = AutoConfig.from_pretrained(resolve(name)).architectures or ()
+    return any(each.endswith("ForSequenceClassification") for each in named)
+
+
 def load(top, name):
-    """Return a classifier: of a model that shall be the teacher with a new head for the task."""
-    if top.teacher.model or name != top.model:
+    """Return a classifier: with a new head for the task where it shall be the teacher, or is a
+    student that has none."""
+    new = name == top.student and not has_head(name)
+    if not new and (top.teacher.model or name != top.model):
         model = load_model(name, dtype="float32")[0]
         glue.check_model(model, top.task)
         return model

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     # `train` lazily, to open a model in training again.
     "hf": FORM | {"bitlm", "checkpoint", "quantizers", "attention", "train"},
     "evaluate": {"scheme", "ops", "weight", "modules", "attention", "plan", "hf", "report",
-                 "source", "activations"},
+                 "source", "activations", "calibration"},
     "run": RUN,
     "quantize": RUN | {"bitlm", "run", "report", "hf", "source", "verdict"},
     "cli": RUN | {"bitlm", "activations", "checkpoint", "evaluate", "hf", "quantize", "report",

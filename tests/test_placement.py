@@ -87,4 +87,4 @@ def test_unknown_ones():
         placement("bibert", 1)
     with pytest.raises(SchemeError, match="activations at 4 bits: use 1, 2, 8"):
         placement("tbt", 4)
-    assert set(PLACEMENTS) == {"tbt", "bit", "bipft", "minmax"}
+    assert set(PLACEMENTS) == {"tbt", "bit", "bipft", "bivit", "minmax"}

@@ -273,7 +273,7 @@ def test_a_step_of_one_is_as_good_as_any():
 @pytest.mark.parametrize("x", [torch.tensor([1.0, float("inf")]), torch.zeros(0, 4)])
 def test_a_bad_first_batch(x):
     module = build(Quantizer(), name="a.input")
-    with pytest.raises(RuntimeError, match="a.input cannot be initialised: its first batch"):
+    with pytest.raises(ValueError, match="a.input cannot be initialised: its first batch"):
         module(x)
     assert not module.ready and module.step.isfinite().all()
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import UsageError
 from .output import ActivationOption, DeviceOption
+
+if TYPE_CHECKING:
+    from ..evaluate.tasks import Options
 
 _LONGEST = 2048  # the default context of models that read more
 
@@ -66,7 +70,8 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Seed of the resamples (default: 0).",
                                              min=0)] = None,
     predictions: Annotated[Path | None, typer.Option(
-        help="Write what the model predicts for each row to this jsonl file.")] = None,
+        help="Write what the model predicts for each row, or each window's likelihood, to this "
+             "jsonl file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
 ) -> None:
     """Measure a model on a text or a task."""
@@ -86,9 +91,9 @@ def evaluate(
     try:
         chosen = tasks.find(task)
         if chosen.kind == "perplexity":
-            tasks.check_options(chosen, options, {"predictions": predictions})
-            found = _perplexity(model, data, against, activation, device, context, windows,
-                                field or "text", batch_size)
+            tasks.check_options(chosen, options)
+            found, lines = _perplexity(model, data, against, activation, device, context, windows,
+                                       field or "text", options)
         else:
             tasks.check_options(chosen, options, {"context": context, "windows": windows,
                                                   "field": field})
@@ -121,12 +126,13 @@ def _columns(text: str | None) -> dict[str, str] | None:
 
 
 def _perplexity(model: str, data: str, against: str, activation: str | None, device: str,
-                context: int | None, windows: int | None, field: str, batch_size: int | None
-                ) -> Found:
+                context: int | None, windows: int | None, field: str, options: Options
+                ) -> tuple[Found, str]:
     if not data:
         raise UsageError("name a text: --data FILE.txt, FILE.jsonl or a hub id")
     from ..calibration.text import check_ids, read_texts, token_windows
     from ..evaluate import language
+    from ..evaluate.bootstrap import RESAMPLES
     from ..evaluate.load import load_model
     from .output import activations_of, progress_bar
 
@@ -141,32 +147,49 @@ def _perplexity(model: str, data: str, against: str, activation: str | None, dev
     length = context or min(language.context_length(tested) or _LONGEST, _LONGEST)
     ids = token_windows(tokenizer, texts, length, windows, seed=None)
     check_ids(ids, language.vocabulary(tested), tokenizer)
+    drawn = {"resamples": RESAMPLES} | options.given("batch_size", "resamples", "seed")
     with progress_bar("windows") as progress:
         if dense is None:
-            result: dict[str, Any] = vars(language.perplexity(tested, ids, batch_size, progress))
+            own = language.perplexity(tested, ids, progress=progress, **drawn)
+            result: dict[str, Any] = own.to_dict()
         else:
-            found = language.compare(tested, dense, ids, batch_size, progress)
-            result = vars(found.packed) | {
-                "against": against, "dense_perplexity": found.dense.perplexity, "kl": found.kl,
+            found = language.compare(tested, dense, ids, progress=progress, **drawn)
+            own, theirs = found.packed, found.dense
+            result = own.to_dict() | {
+                "against": against, "dense_perplexity": theirs.perplexity, "kl": found.kl,
                 "top1": found.top1, "logit_error": found.logit_error}
+            if theirs.low is not None:
+                result |= {"dense_low": theirs.low, "dense_high": theirs.high}
+    lines = "".join(dumps({"task": "perplexity", "window": number, "nll": nll}) + "\n"
+                    for number, nll in enumerate(own.by_window, 1))
     modes = {"activations": activations_of(tested)} if activations_of(tested) else {}
     result = {"model": model, "task": "perplexity", "data": data} | modes | result
-    return result, _perplexity_table(result), [_perplexity_row(result)]
+    return (result, _perplexity_table(result), [_perplexity_row(result)]), lines
 
 
 def _perplexity_table(result: dict[str, Any]) -> Any:
+    from ..report import mib
     from .output import table
+
+    def shown(prefix: str = "") -> str:
+        interval = f" [{result[prefix + 'low']:.4g}, {result[prefix + 'high']:.4g}]" \
+            if prefix + "low" in result else ""
+        return f"{result[prefix + 'perplexity']:.4g}{interval}"
 
     rows = [("data", result["data"]),
             ("windows", f"{result['windows']} x {result['context']} tokens, "
                         f"{result['tokens']:,} predicted"),
             *([("activations", result["activations"])] if "activations" in result else []),
-            ("perplexity", f"{result['perplexity']:.4g}")]
+            ("perplexity", shown())]
     if "kl" in result:
-        rows += [("dense perplexity", f"{result['dense_perplexity']:.4g}"),
+        rows += [("dense perplexity", shown("dense_")),
                  ("KL (dense || packed)", f"{result['kl']:.4g} nats"),
                  ("top-1 agreement", f"{result['top1']:.1%}"),
                  ("logit error", f"{result['logit_error']:.4g}")]
+    if result.get("seconds"):
+        rows.append(("speed", f"{result['tokens'] / result['seconds']:.1f} tokens/s"))
+    if result.get("peak_bytes"):
+        rows.append(("peak memory", mib(result["peak_bytes"])))
     return table(("", result["model"]), rows)
 
 

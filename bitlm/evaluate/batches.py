@@ -1,11 +1,9 @@
-"""Batches of inputs of similar length, a model in eval mode, how much it reads and takes."""
+"""Batches of inputs of similar length, a model in eval mode, how much it reads."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,23 +38,3 @@ def reads(model: nn.Module, tokenizer: Any, most: int) -> int:
     """Return how many tokens of input a model gets: what it and its tokenizer allow, up to `most`.
     """
     return min(most, context_length(model) or most, tokenizer.model_max_length)
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """Return the most memory that this process had so far; on a GPU, of its tensors there.
-
-    None where the system does not say.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent process had, too
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -45,7 +45,8 @@ def load_split(source: str | Path, split: str = "validation", config: str | None
     elif path.is_dir():
         found = splits(path, config)
         if _canonical(split) not in found:
-            raise DataError(f"{source} has no split {split}: it has {', '.join(found)}")
+            raise DataError(f"{source} has no split {split}: it has {', '.join(found)}; put "
+                            f"{split}.jsonl beside them (or .json, .csv, .parquet)")
         rows = _read(found[_canonical(split)])
     elif path.exists() or str(source).endswith(SUFFIXES) or not _HUB_ID.fullmatch(str(source)):
         raise DataError(f"no such file or folder: {source}")
@@ -98,8 +99,9 @@ def choose_split(source: str | Path, wanted: Sequence[str], config: str | None =
     for split in wanted:
         if split in found:
             return split
-    raise DataError(f"{source} has no {' or '.join(wanted)} split: it has {', '.join(found)}; name "
-                    "a split or a file")
+    raise DataError(f"{source} has no {' or '.join(wanted)} split: it has {', '.join(found)}; put "
+                    f"{wanted[0]}.jsonl beside it (or .json, .csv, .parquet), or name a split or a "
+                    "file")
 
 
 def pick_column(rows: Rows, candidates: Sequence[str], what: str = "") -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.text import check_ids
 from ..source import quiet
-from .batches import by_length, evaluating, peak_bytes, reads
-from .language import EvaluationError, Progress, context_length
+from .batches import by_length, evaluating, reads
+from .language import EvaluationError, Progress, context_length, vocabulary
+from .peak import peak_bytes
 
 BATCH = 8
 INPUT = 1024  # tokens, where a model would read more
@@ -46,7 +48,7 @@ class Generated:
     """Texts in the order of their inputs.
 
     lengths: new tokens of each, the end token counted. seconds: spent in `generate`. peak_bytes:
-    batches.peak_bytes at the end.
+    peak.peak_bytes at the end.
     """
 
     texts: list[str]
@@ -72,10 +74,12 @@ def generate_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str],
     prefix, suffix: around each text; only the text is cut where an input has more than max_input
     tokens or more than the model reads. Batches are of similar length. options: more arguments of
     `generate`. `progress` gets (texts done, texts). Raises EvaluationError for a model that does
-    not generate, and for lengths that it has no room for.
+    not generate, and for lengths that it has no room for, TextError for a tokenizer with more
+    tokens than the model has.
     """
     settings = settings or Settings()
     ids = encode(tokenizer, texts, room(model, tokenizer, settings, max_input), prefix, suffix)
+    check_ids(torch.tensor([max(each) for each in ids]), vocabulary(model), tokenizer)
     decoder = not model.config.is_encoder_decoder
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id)
                 if token is not None), 0)

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.text import check_ids
 from ..source import quiet
 from . import bootstrap, metrics
-from .batches import by_length, evaluating, peak_bytes, reads
+from .batches import by_length, evaluating, reads
 from .data import DataError, Rows, pick_column, renamed, texts
-from .language import EvaluationError, Progress
+from .language import EvaluationError, Progress, vocabulary
+from .peak import peak_bytes
 from .result import Result, Score, mean
 
 log = logging.getLogger("bitlm")
@@ -106,12 +108,14 @@ def predict(model: nn.Module, tokenizer: Any, inputs: Sequence[tuple[str, ...]],
 
     The texts run in batches of similar length, cut at max_length tokens; `progress` gets (texts
     done, texts). Raises EvaluationError for a model that is no sequence classifier, and where an
-    output is NaN.
+    output is NaN, TextError for a tokenizer with more tokens than the model has.
     """
     if None in (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None)):
         batch_size = 1  # nothing says where a padded text ends
     limit = reads(model, tokenizer, max_length)
     encoded = tokenizer(*map(list, zip(*inputs)), truncation=True, max_length=limit)
+    check_ids(torch.tensor([max(ids, default=0) for ids in encoded["input_ids"]]),
+              vocabulary(model), tokenizer)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     outputs = torch.empty(len(inputs), model.config.num_labels)
     done = 0

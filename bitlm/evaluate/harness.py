@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from . import bootstrap
-from .batches import evaluating, peak_bytes
+from .batches import evaluating
 from .language import EvaluationError
+from .peak import peak_bytes
 from .result import Result, Score
 
 BATCH = 8

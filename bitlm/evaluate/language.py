@@ -6,12 +6,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
+
+from . import bootstrap
+from .peak import peak_bytes
 
 Progress = Callable[[int, int], None]
 
@@ -28,7 +32,9 @@ class PerplexityResult:
     """Perplexity over non-overlapping windows, the first token of each not predicted.
 
     nll: mean negative log-likelihood in nats of the `tokens` predicted tokens. context: tokens in
-    a window.
+    a window. low, high: of the perplexity, by bootstrap over the windows; None where nothing was
+    resampled. seconds: of all windows, None where another model ran between them. by_window: nll of
+    each.
     """
 
     perplexity: float
@@ -36,6 +42,16 @@ class PerplexityResult:
     tokens: int
     windows: int
     context: int
+    low: float | None = None
+    high: float | None = None
+    seconds: float | None = field(default=None, compare=False)
+    peak_bytes: int | None = field(default=None, compare=False)
+    by_window: tuple[float, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that is there but by_window."""
+        return {name: value for name, value in asdict(self).items()
+                if name != "by_window" and value is not None}
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class Comparison:
     logit_error: float
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return vars(self) | {"packed": self.packed.to_dict(), "dense": self.dense.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -95,46 +111,53 @@ def vocabulary(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def perplexity(model: nn.Module, windows: Tensor, batch_size: int | None = None,
-               progress: Progress | None = None) -> PerplexityResult:
+               progress: Progress | None = None, resamples: int = 0, seed: int = 0
+               ) -> PerplexityResult:
     """Return the perplexity of a causal LM on windows of tokens, int64 [n, L].
 
-    Log-softmax in float32, sums in float64. `progress` gets (windows done, windows).
+    Log-softmax in float32, sums in float64. `progress` gets (windows done, windows). resamples,
+    seed: of the confidence interval.
     """
     _check(model, windows)
-    total = torch.zeros((), dtype=torch.float64)
+    nll, done, start = np.zeros(len(windows)), 0, time.perf_counter()
     for batch, (logits,) in _forward([model], windows, batch_size, progress):
-        for scores, tokens in _chunks(logits, batch):
-            total += _nll(scores, tokens)
-    return _result(total.item(), windows)
+        for row, scores, tokens in _chunks(logits, batch):
+            nll[done + row] += _nll(scores, tokens)
+        done += len(batch)
+    found = _result(nll, windows, resamples, seed)
+    return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes(model.device))
 
 
 @torch.inference_mode()
 def compare(model: nn.Module, dense: nn.Module, windows: Tensor, batch_size: int | None = None,
-            progress: Progress | None = None) -> Comparison:
+            progress: Progress | None = None, resamples: int = 0, seed: int = 0) -> Comparison:
     """Return perplexities, KL divergence, top-1 agreement and logit error of a packed causal LM.
 
     windows: int64 [n, L], as for `perplexity`; every figure is over the same n * (L - 1) positions.
     """
     _check(model, windows)
     _check(dense, windows)
-    packed_nll, dense_nll, kl, difference, norm = torch.zeros(5, dtype=torch.float64)
-    agree = 0
+    kl, difference, norm = torch.zeros(3, dtype=torch.float64)
+    packed_nll, dense_nll = np.zeros((2, len(windows)))
+    agree = done = 0
     for batch, (ours, theirs) in _forward([model, dense], windows, batch_size, progress):
         if ours.shape[-1] != theirs.shape[-1]:
             raise EvaluationError(f"the models have {ours.shape[-1]} and {theirs.shape[-1]} logits "
                                   "a token: they are not versions of the same model")
-        for (p, tokens), (q, _) in zip(_chunks(theirs, batch), _chunks(ours, batch), strict=True):
-            dense_nll += _nll(p, tokens)
-            packed_nll += _nll(q, tokens.to(q.device))
+        for (row, p, tokens), (_, q, _) in zip(_chunks(theirs, batch), _chunks(ours, batch),
+                                               strict=True):
+            dense_nll[done + row] += _nll(p, tokens)
+            packed_nll[done + row] += _nll(q, tokens.to(q.device))
             q = q.to(p.device)
             kl += _kl(p, q).sum(dtype=torch.float64).cpu()
             agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
             difference += (q - p).square().sum(dtype=torch.float64).cpu()
             norm += p.square().sum(dtype=torch.float64).cpu()
+        done += len(batch)
     positions = windows.shape[0] * (windows.shape[1] - 1)
     error = (difference / norm).sqrt().item() if norm > 0 else math.inf
-    return Comparison(_result(packed_nll.item(), windows), _result(dense_nll.item(), windows),
-                      kl.item() / positions, agree / positions, error)
+    packed, other = (_result(nll, windows, resamples, seed) for nll in (packed_nll, dense_nll))
+    return Comparison(packed, other, kl.item() / positions, agree / positions, error)
 
 
 @torch.inference_mode()
@@ -239,18 +262,19 @@ def _forward(models: list[nn.Module], windows: Tensor, batch_size: int | None,
             model.train(mode)
 
 
-def _chunks(logits: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield float32 logits [c, V] and the tokens [c] that they predict, in order."""
+def _chunks(logits: Tensor, windows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield float32 logits [c, V] and the tokens [c] that they predict, in order, with the number
+    of their window."""
     step = max(1, _CHUNK // logits.shape[-1])
-    for scores, tokens in zip(logits, windows.to(logits.device), strict=True):
+    for row, (scores, tokens) in enumerate(zip(logits, windows.to(logits.device), strict=True)):
         for start in range(0, len(tokens) - 1, step):
             end = min(start + step, len(tokens) - 1)
-            yield scores[start:end].float(), tokens[start + 1:end + 1]
+            yield row, scores[start:end].float(), tokens[start + 1:end + 1]
 
 
-def _nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the summed negative log-likelihood of tokens [c] in nats, float64."""
-    return cross_entropy(logits, tokens, reduction="none").sum(dtype=torch.float64).cpu()
+def _nll(logits: Tensor, tokens: Tensor) -> float:
+    """Return the summed negative log-likelihood of tokens [c] in nats."""
+    return cross_entropy(logits, tokens, reduction="none").sum(dtype=torch.float64).item()
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -259,12 +283,18 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp_(min=0)
 
 
-def _result(nll: float, windows: Tensor) -> PerplexityResult:
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    mean = nll / tokens
-    # exp overflows above 709, which a destroyed model reaches.
-    value = math.exp(mean) if mean < 700 else math.inf
-    return PerplexityResult(value, mean, tokens, *windows.shape)
+def _result(nll: np.ndarray, windows: Tensor, resamples: int, seed: int) -> PerplexityResult:
+    """Return the result of the summed nll of each window, float64 [n]."""
+    each = windows.shape[1] - 1
+    tokens = len(nll) * each
+
+    def of_sums(sums: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):  # above 709, which a destroyed model reaches
+            return np.exp(sums[..., 0] / tokens)
+
+    score = bootstrap.of_sums(nll[:, None], of_sums, resamples, seed)
+    return PerplexityResult(score.value, float(nll.sum()) / tokens, tokens, *windows.shape,
+                            score.low, score.high, by_window=tuple((nll / each).tolist()))
 
 
 def _encode(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -91,7 +91,7 @@ class Options:
 _SETTINGS = ("beams", "length_penalty", "min_length", "max_length")
 _ROWS = ("split", "limit", "batch_size", "max_input", "columns", "resamples", "seed")
 TAKES: dict[str, tuple[str, ...]] = {
-    "perplexity": ("batch_size",),
+    "perplexity": ("batch_size", "resamples", "seed"),
     "glue": _ROWS,
     "summarization": (*_ROWS, *_SETTINGS, "prefix"),
     "translation": (*_ROWS, *_SETTINGS, "prefix", "source", "target"),

@@ -62,15 +62,17 @@ class TellEpoch(TrainerCallback):
 
 
 class StopAtNonFinite(TrainerCallback):
-    """Raises DivergedError before an optimizer step on gradients that are not finite.
+    """Raises DivergedError before an optimizer step on gradients that are not finite, and before
+    weights that are not finite are saved: every checkpoint is a good one.
 
-    The weights are then still finite, and so is every checkpoint. Gradients are those of all
-    processes, so all of them stop. batches: returns a forward of the model for each micro-batch of
-    the step, which are run again to name the first layer that gave a value that is not finite.
+    Gradients are those of all processes, so all of them stop. batches: returns a forward of the
+    model, and of its teacher, for each micro-batch of the step, which are run again to name the
+    first layer that gave a value that is not finite.
     """
 
-    def __init__(self, batches: Callable[[], list[Callable[[], Any]]]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Callable[[], list[Callable[[], Any]]],
+                 teacher: nn.Module | None = None) -> None:
+        self.batches, self.teacher = batches, teacher
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if args.fp16:  # its gradient scaler meets infinities, skips such steps and scales down
@@ -80,25 +82,43 @@ class StopAtNonFinite(TrainerCallback):
         if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
             return
         # Which gradient it was cannot be seen: clipping has spread it over all of them.
-        where = first_nonfinite(model, self.batches()) or \
+        where = first_nonfinite(model, self.batches(), self.teacher) or \
             "every layer's output is finite, but the gradients are not"
-        kept = newest_checkpoint(args.output_dir)
-        after = f"the last good checkpoint is {kept}: go on from it" if kept else \
-            "there is no checkpoint yet: start again"
         raise DivergedError(f"the loss became NaN or infinite in step {state.global_step + 1}: "
-                            f"{where}; {after} with a lower learning rate")
+                            f"{where}; {_after(args.output_dir)}")
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if not control.should_save:
+            return
+        sums = [_whole(parameter.detach().sum(dtype=torch.float32))
+                for parameter in model.parameters() if parameter.requires_grad]
+        if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
+            where = first_nonfinite(model, []) or "the sum of a weight's values is infinite"
+            raise DivergedError(f"step {state.global_step} was too large: {where}; "
+                                f"{_after(args.output_dir)}")
+
+
+def _after(folder: str) -> str:
+    kept = newest_checkpoint(folder)
+    after = f"the last good checkpoint is {kept}: go on from it" if kept else \
+        "there is no checkpoint yet: start again"
+    return f"{after} with a lower learning rate"
 
 
 @torch.no_grad()
-def first_nonfinite(model: nn.Module, forwards: list[Callable[[], Any]]) -> str | None:
-    """Return in words which module of a model first gives a value that is not finite.
+def first_nonfinite(model: nn.Module, forwards: list[Callable[[], Any]],
+                    teacher: nn.Module | None = None) -> str | None:
+    """Return in words which module of a model, or of its teacher, first gives a value that is not
+    finite.
 
     None where all of them are finite. The modules without children come first, so that the name is
     that of the smallest one. Parameters are looked at before.
     """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            return f"{name} itself has values that are not finite"
+    models = {"": model} | ({"the teacher's ": teacher} if teacher is not None else {})
+    for whose, own in models.items():
+        for name, parameter in own.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                return f"{whose}{name} itself has values that are not finite"
     found: list[str] = []
 
     def look(name: str, module: nn.Module, output: Any) -> None:
@@ -107,8 +127,8 @@ def first_nonfinite(model: nn.Module, forwards: list[Callable[[], Any]]) -> str 
                          f"({type(module).__name__})")
 
     handles = [module.register_forward_hook(
-        lambda module, _, output, name=name: look(name, module, output))
-        for name, module in model.named_modules() if name]
+        lambda module, _, output, name=f"{whose}{name}": look(name, module, output))
+        for whose, own in models.items() for name, module in own.named_modules() if name]
     try:
         for forward in forwards:
             try:

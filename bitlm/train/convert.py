@@ -50,9 +50,9 @@ def prepare(model: PreTrainedModel, scheme: str | Scheme | dict[str, Any] | Conf
 
     scheme: what each linear layer becomes: a preset's name, a Scheme or its dict; or a BitlmConfig,
     which may say what the other arguments say, but nothing twice. training: how the weights are
-    trained. placement: the recipe ("tbt", "bit", "bipft", "minmax") and bits (1, 2, 8) of the
-    quantizers of inputs and of attention; None: those that scheme or configuration have. skip,
-    overrides, embeddings: see plan.Request. With embeddings a tied output head is quantized with
+    trained. placement: the recipe (see placement.PLACEMENTS) and bits (1, 2, 8) of the quantizers
+    of inputs and of attention; None: those that scheme or configuration have. skip, overrides,
+    embeddings: see plan.Request. With embeddings a tied output head is quantized with
     its table; as TBT has it, dense and untied when packed, it is with skip ("lm_head",). hessians:
     [K, K] by the weights' names, for salience by Hessian.
 

@@ -83,7 +83,7 @@ class DistillMixin:
         if "attentions" in self._needs:
             return_attentions(self.model, teacher)
         # In this order: a broken batch is found before anything steps on it.
-        self.add_callback(StopAtNonFinite(self._try_batches))
+        self.add_callback(StopAtNonFinite(self._try_batches, teacher))
         self.add_callback(EstimatorSchedule())
         if isinstance(self.train_dataset, Noised):
             self.train_dataset.epoch = 0  # another training may have left another one
@@ -183,10 +183,11 @@ class DistillMixin:
         return self._directions
 
     def _try_batches(self) -> list[Callable[[], Any]]:
-        """Return a forward of the student for each micro-batch of the step, to look for the first
-        value that is not finite."""
-        return [lambda batch=batch: self.model(**self._prepare_inputs(batch))
-                for batch in self._micro]
+        """Return forwards of the student, and of its teacher before, for each micro-batch of the
+        step, to look for the first value that is not finite."""
+        models = [model for model in (self.teacher, self.model) if model is not None]
+        return [lambda model=model, batch=batch: model(**self._prepare_inputs(batch))
+                for batch in self._micro for model in models]
 
     # Logs, evaluation, optimizer ----------------------------------------------------------------
 

@@ -164,7 +164,8 @@ def hidden_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tenso
     def layer(own: Tensor, other: Tensor) -> Total:
         own, other = _rows(mask, own), _rows(mask, other.detach())
         own = _floats(own if projection is None else projection(own))
-        _same("hidden states that count", own, other, "widths may differ with a projection")
+        _same("hidden states that count", own, other,
+              "use relations, whose widths may differ, or a projection")
         return _total((own - _floats(other, own)).square().mean(-1).sum(), len(own))
 
     return _layers(layer, student, teacher, pairs, over)

@@ -48,7 +48,7 @@ COMMON: dict[str, Any] = {
     "scheme": "w1a8",       # w1a16, w1a8, w1.58a8, w1a1+estimators, ...; several with commas;
                             # "": only the teacher
     "weights": "tbt",       # how weights become codes, see `schemes.WEIGHTS`
-    "placement": "tbt",     # which activations are rounded: tbt, bit, bipft, minmax
+    "placement": "tbt",     # which activations are rounded: tbt, bit, bipft, bivit, minmax
     "estimators": 0,        # rank of BiPFT's low-rank estimators; 0: none
     "estimator": "identity",  # of the gradient of codes, see `estimators.ESTIMATORS`
     "noise": False,         # FDA's learned noise, with estimator fda

@@ -20,6 +20,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -42,10 +43,11 @@ from transformers.integrations import is_tensorboard_available
 from .. import __version__ as version
 from .. import source
 from ..attention import Estimators
+from ..methods import EncodeError
 from ..output import publish_modes, whole
 from ..quantizers import ActivationQuantizer
 from . import terms
-from .callbacks import JsonlLog, newest_checkpoint, seconds_of
+from .callbacks import DivergedError, JsonlLog, newest_checkpoint, seconds_of
 from .convert import finish, prepare
 from .distill import DistillTrainer, Seq2SeqDistillTrainer, check_tokenizers
 from .layers import fake_quant_layers
@@ -170,6 +172,9 @@ def _check_numbers(settings: SimpleNamespace, prefix: str) -> None:
         least = 1 if key in COUNTS else 0
         if key not in SIGNED and isinstance(value, int | float) and value < least:
             raise RecipeError(f"{prefix}{key} is {value}: use {least} or more")
+    if getattr(settings, "patience", 0) and not settings.eval_every:
+        raise RecipeError(f"{prefix}patience is {settings.patience}, but nothing is measured in "
+                          f"training: set {prefix}eval_every too")
     if getattr(settings, "dropout", 0) >= 1:
         raise RecipeError(f"dropout is {settings.dropout}: use less than 1")
     schedules = [each.value for each in SchedulerType]
@@ -190,7 +195,8 @@ def _teacher(settings: SimpleNamespace, job: Job, out: Path, say: Say) -> tuple[
     if found is None and trains:
         say(f"teacher: training {settings.model}")
         set_seed(own.seed)
-        found = _train(job.load(settings.model), None, [["task", 1.0]], own, job, folder, say)
+        found = _train(job.load(settings.model), None, [["task", 1.0]], own, job, folder, say,
+                       "model={} teacher.lr=LOWER")
     elif found is None:
         make(folder)
         found = {"metrics": dict(job.measure(job.load(source), False)), "steps": 0, "seconds": 0.0}
@@ -208,21 +214,34 @@ def _student(settings: SimpleNamespace, job: Job, folder: Path, dense: str, sour
         say(f"{settings.scheme}: distilling from {source}")
         set_seed(settings.seed)
         teacher, student = job.load(source), job.load(dense)
-        chained = source != dense and bool(fake_quant_layers(teacher))
-        if chained:
-            own = teacher.state_dict()
-            student.load_state_dict({name: own[name] for name in student.state_dict()})
         asked = request(settings)
-        prepare(student, asked.scheme, training=asked.training, placement=asked.placement,
-                skip=settings.skip, embeddings=asked.embeddings)
-        if chained:
-            carry_quantizers(teacher, student)
+        if fake_quant_layers(student):  # a checkpoint
+            _check_prepared(student, asked, dense, settings.scheme)
+        else:
+            chained = source != dense and bool(fake_quant_layers(teacher))
+            if chained:
+                own = teacher.state_dict()
+                student.load_state_dict({name: own[name] for name in student.state_dict()})
+            prepare(student, asked.scheme, training=asked.training, placement=asked.placement,
+                    skip=settings.skip, embeddings=asked.embeddings)
+            if chained:
+                carry_quantizers(teacher, student)
         _set_dropout(student, settings.dropout)
         if not terms.need_teacher(terms.read(settings.losses)):
             teacher = None
-        found = _train(student, teacher, settings.losses, settings, job, folder, say)
+        found = _train(student, teacher, settings.losses, settings, job, folder, say,
+                       f"student={{}} teacher.model={source} scheme={settings.scheme} lr=LOWER")
     say(f"{settings.scheme}: {_shown(found['metrics'])}, {found['seconds']:.0f} s")
     return found
+
+
+def _check_prepared(student: PreTrainedModel, asked: Request, name: str, scheme: str) -> None:
+    """Raise RecipeError for a student in training that is not what a stage asks for."""
+    wanted = asked.scheme if asked.placement is None else \
+        asked.scheme.replace(input=asked.placement.inputs)
+    if student.config.quantization_config.request.scheme != wanted:
+        raise RecipeError(f"{name} is in training with other weights or activations than {scheme}: "
+                          "name the scheme and weights that it was made with, or a dense model")
 
 
 @torch.no_grad()
@@ -253,10 +272,15 @@ def carry_quantizers(source: nn.Module, target: nn.Module) -> None:
 
 
 def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequence,
-           settings: SimpleNamespace, job: Job, folder: Path, say: Say) -> dict[str, Any]:
-    """Train a model in a stage's folder, keep the best of it, and return the stage's result."""
+           settings: SimpleNamespace, job: Job, folder: Path, say: Say, again: str
+           ) -> dict[str, Any]:
+    """Train a model in a stage's folder, keep the best of it, and return the stage's result.
+
+    again: the settings that go on from a checkpoint, which is to be put in, with a lower rate.
+    """
     if job.check:
         job.check(model)
+    _check_vocabulary(job, model)
     make(folder)
     checkpoints, pair = folder / "checkpoints", model.config.is_encoder_decoder
     caches = getattr(model.config, "use_cache", None)
@@ -270,6 +294,10 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
     newest = newest_checkpoint(checkpoints)
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    except (DivergedError, EncodeError) as error:
+        kept = newest_checkpoint(checkpoints)
+        way = f"; here: {again.format(kept)} out=ANOTHER" if kept else ""
+        raise DivergedError(f"{error}{way}") from error
     finally:
         _close_bars(trainer)
     if caches is not None:
@@ -286,6 +314,18 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
         shutil.rmtree(checkpoints, ignore_errors=True)
     wait()
     return found
+
+
+def _check_vocabulary(job: Job, model: PreTrainedModel) -> None:
+    """Raise RecipeError for rows with tokens that a model does not have."""
+    if not isinstance(job.rows, list):
+        return
+    largest = max((max(row["input_ids"], default=0) for row in job.rows), default=0)
+    size = model.get_input_embeddings().weight.shape[0]
+    if largest >= size:
+        token = job.tokenizer.convert_ids_to_tokens(largest)
+        raise RecipeError(f"the data has token {largest} ({token!r}), the model only {size} "
+                          "embeddings: its tokenizer belongs to another model")
 
 
 def _close_bars(trainer: Any) -> None:
@@ -326,9 +366,10 @@ def _callbacks(settings: SimpleNamespace, folder: Path) -> list:
     if settings.eval_every and settings.patience:
         found.append(EarlyStoppingCallback(settings.patience))
     if is_tensorboard_available() and is_main():
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-        found.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
+        with suppress(ImportError):  # tensorboardX alone does not do
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.integrations import TensorBoardCallback
+            found.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
     return found
 
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM
 
 from bitlm.modules import packed_weights
-from bitlm.train import recipe, stages
+from bitlm.train import callbacks, recipe, stages
+from bitlm.train.callbacks import DivergedError
 from bitlm.train.layers import fake_quant_layers
 from tests.processes import run_script, run_two
 from tests.tiny import make_bert, make_llama, make_tokenizer
@@ -83,6 +84,42 @@ def test_a_chain_from_teacher_to_packed_model(run, world, tmp_path):
     ids = {"input_ids": torch.tensor([[1, 20, 30, 40]])}
     torch.testing.assert_close(student.eval()(**ids).logits, packed(**ids).logits, rtol=1e-4,
                                atol=1e-5)
+
+
+def test_after_a_divergence_its_last_checkpoint_is_gone_on_from(run, world, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    result = run("distill", *glue(world, out, "lr=1e38", "save_every=1", "quantizer_lr=1e38"))
+    assert result.exit_code == 1 and "DivergedError" not in result.output
+    # The first step is already too large: the teacher is what is left.
+    assert "too large" in result.stderr or "diverged" in result.stderr
+    assert run("distill", *glue(world, again, "scheme=w1a8", "save_every=2")).exit_code == 0
+    kept, teacher = again / "w1a8" / "model", again / "teacher" / "model"
+    more = [f"student={kept}", f"teacher.model={teacher}", "lr=1e-5"]
+    result = run("distill", *glue(world, tmp_path / "on", "scheme=w1a8", *more))
+    assert result.exit_code == 0, result.output
+    result = run("distill", *glue(world, tmp_path / "other", "scheme=w1a1", *more))
+    assert result.exit_code == 2 and "is in training with other weights" in result.stderr
+
+
+def test_a_divergence_says_how_to_go_on(run, world, tmp_path, monkeypatch):
+    out, step = tmp_path / "out", []
+
+    def broken(self, parameter):
+        step.append(1)
+        raise DivergedError("the loss became NaN")
+
+    monkeypatch.setattr(callbacks.StopAtNonFinite, "on_step_end", lambda self, args, state, control,
+                        **kwargs: broken(self, None) if state.global_step == 3 else None)
+    result = run("distill", *glue(world, out, "scheme=w1a8", "save_every=1", "steps=4",
+                                  "teacher.steps=2"))
+    assert result.exit_code == 1
+    kept = out / "w1a8" / "checkpoints" / "checkpoint-2"
+    assert f"here: student={kept} teacher.model={out / 'teacher' / 'model'} scheme=w1a8 lr=LOWER " \
+        "out=ANOTHER" in " ".join(result.stderr.split())
+    monkeypatch.undo()
+    result = run("distill", *glue(world, tmp_path / "on", f"student={kept}", "scheme=w1a8",
+                                  f"teacher.model={out / 'teacher' / 'model'}", "lr=1e-5"))
+    assert result.exit_code == 0, result.output
 
 
 def test_the_same_command_again_does_nothing_again(run, world, tmp_path, monkeypatch):
@@ -249,6 +286,8 @@ def test_settings_from_a_file_and_shown(run, world, tmp_path):
     (["noise=true"], 2, "noise corrects the series of the estimator fda"),
     (["embeddings=12"], 2, "embeddings"), (['skip=["["]'], 1, "is no regular expression"),
     (['losses=[["second_basis", 1.0]]'], 2, "is for weights=two_bases"),
+    (["patience=3"], 2, "patience is 3, but nothing is measured in training: set eval_every"),
+    (["teacher.steps=0"], 2, "has no head for sst2, and teacher.epochs=0 trains none"),
     (["scheme=w1a8,W1A8"], 2, "comes twice"), (["data=DEV"], 1, "is one file: name its folder"),
     (["task=cola"], 1, "no"),
     (["model=missing/folder/of"], 1, "does not exist"),
@@ -266,7 +305,10 @@ def test_bad_settings_are_one_line_and_write_nothing(run, world, tmp_path, chang
 
 
 @pytest.mark.parametrize("break_it, words", [
-    (lambda folder: (folder / "dev.jsonl").unlink(), "split: it has train"),
+    (lambda folder: (folder / "dev.jsonl").unlink(),
+     "split: it has train; put validation.jsonl beside it"),
+    (lambda folder: (folder / "train.jsonl").unlink(),
+     "has no split train: it has validation; put train.jsonl beside them"),
     (lambda folder: lines(folder / "train.jsonl", [{"sentence": "x", "label": 2}]),
      "row 1: label 2 is none of 0 negative, 1 positive"),
     (lambda folder: lines(folder / "train.jsonl", [{"text": "x", "label": 1}]),
@@ -334,6 +376,20 @@ def test_a_students_other_tokenizer_is_noticed(run, world, tmp_path):
     result = run("distill", *glue(world, tmp_path / "out", f"student={tmp_path / 'bert'}"))
     assert result.exit_code == 1 and "another tokenizer: 'bitlm'" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_a_larger_model_is_noticed(run, world, tmp_path):
+    bert = tmp_path / "bert"
+    make_bert(bert, hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=40)
+    make_tokenizer().save_pretrained(bert)
+    given = [each for each in glue(world, tmp_path / "out") if not each.startswith("model=")]
+    result = run("distill", *given, f"model={bert}")
+    assert result.exit_code == 2 and "its tokenizer belongs to another model" in result.stderr
+
+
+def test_a_student_without_a_head_gets_one(run, world, tmp_path):
+    result = run("distill", *glue(world, tmp_path / "out", f"student={world / 'bert'}"))
+    assert result.exit_code == 0, result.output
 
 
 def test_two_processes_run_the_script(world, tmp_path):

@@ -10,13 +10,17 @@ from tests.tiny import make_bert, make_llama
 
 def test_perplexity_as_table_and_json(run, zoo, tmp_path):
     result = run("evaluate", zoo / "llama", "--data", zoo / "text.txt", "--context", 64, "--json",
-                 tmp_path / "out.json")
+                 tmp_path / "out.json", "--resamples", 50, "--predictions", tmp_path / "nll.jsonl")
     assert result.exit_code == 0, result.output
+    assert "tokens/s" in result.stdout and "peak memory" in result.stdout
     assert "perplexity" in result.stdout and "x 64 tokens" in result.stdout
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["tokens"] == found["windows"] * 63
-    assert found["perplexity"] > 1
-    assert "kl" not in found
+    assert 1 < found["low"] < found["perplexity"] < found["high"]
+    assert "kl" not in found and "by_window" not in found
+    lines = [json.loads(line) for line in (tmp_path / "nll.jsonl").read_text().splitlines()]
+    assert [line["window"] for line in lines] == list(range(1, found["windows"] + 1))
+    assert sum(line["nll"] for line in lines) / len(lines) == pytest.approx(found["nll"])
 
 
 def test_against_the_dense_model_goes_to_the_card_once(run, zoo, tmp_path):
@@ -56,7 +60,6 @@ def test_a_dense_folder_gets_no_card(run, zoo):
     (["--task", "summarization"], 2, "name the data of summarization"),
     (["--task", "xsum", "--context", "64"], 2, "xsum takes no --context"),
     (["--data", "TEXT", "--beams", "2"], 2, "perplexity takes no --beams"),
-    (["--data", "TEXT", "--predictions", "out.jsonl"], 2, "takes no --predictions"),
     (["--task", "xsum", "--columns", "document"], 2, "expected FIELD=COLUMN"),
     (["--task", "xsum", "--data", "missing.jsonl"], 1, "no such file or folder: missing.jsonl"),
     (["--task", "xsum", "--data", "TEXT"], 1, "neither json, jsonl, csv nor parquet"),

@@ -3,12 +3,13 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import bitlm  # noqa: F401
-from bitlm.evaluate import language
+from bitlm.evaluate import bootstrap, language
 from bitlm.evaluate.language import (
     EvaluationError,
     compare,
@@ -63,6 +64,18 @@ def test_perplexity_equals_a_plain_loop(model, windows):
     assert result.nll == pytest.approx(plain(model, windows), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.nll))
     assert (result.tokens, result.windows, result.context) == (7 * 19, 7, 20)
+
+
+def test_its_interval_is_that_of_windows_drawn_again(model, windows):
+    found = perplexity(model, windows, resamples=200, seed=3)
+    assert found.low < found.perplexity < found.high and found.seconds > 0 and found.peak_bytes
+    assert sum(found.by_window) / 7 == pytest.approx(found.nll)
+    assert found.by_window[2] == pytest.approx(plain(model, windows[2:3]), rel=1e-6)
+    again = compare(model, model, windows, resamples=200, seed=3)
+    assert (again.packed.low, again.packed.high) == (found.low, found.high)
+    drawn = np.asarray(found.by_window)[list(bootstrap.draws(7, 200, 3))].mean(-1)
+    assert found.low == pytest.approx(np.exp(np.quantile(drawn, 0.025)), rel=1e-4)
+    assert "by_window" not in found.to_dict() and "low" not in perplexity(model, windows).to_dict()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 50])

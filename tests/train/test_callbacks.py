@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bitlm import Scheme, Training
 from bitlm.train import callbacks, prepare, rows
@@ -76,6 +76,32 @@ def test_a_value_that_is_not_finite_stops_before_the_step(tmp_path):
     assert "came out of bert.encoder.layer.1.attention.output.dense (Linear)" in text
     assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in text
     assert all(bool(p.isfinite().all()) for p in made.model.parameters())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    made = trainer("bert", tmp_path, [["task", 1.0]], max_steps=4, save_strategy="steps",
+                   save_steps=1)
+
+    class Overflow(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                made.model.classifier.weight.data[0, 0] = float("inf")
+
+    made.add_callback(Overflow())
+    with pytest.raises(DivergedError, match="step 3 was too large: classifier.weight itself has "
+                                            "values that are not finite; the last good checkpoint "
+                                            "is .*checkpoint-2: go on"):
+        made.train()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_a_teacher_that_is_not_finite_is_named(tmp_path):
+    made = trainer("bert", tmp_path, [["kl", 1.0]])
+    with torch.no_grad():
+        made.teacher.classifier.bias.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="the teacher's classifier.bias itself has values"):
+        made.train()
 
 
 def test_it_says_when_there_is_no_checkpoint_yet(tmp_path):

@@ -40,6 +40,7 @@ GRID = [
     ("t5_relu", TERNARY.replace(activation="int8"), LEARNED, None),
     ("vit", BASES, LEARNED, ("bit", 2)), ("vit", SALIENT, None, None),
     ("vit", BINARY.replace(center="threshold"), LEARNED, ("tbt", 8)),
+    ("vit", BINARY.replace(center="threshold"), LEARNED, ("bivit", 1)),
 ]
 
 
