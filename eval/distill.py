@@ -145,7 +145,7 @@ def perform(run: Run, options: argparse.Namespace) -> None:
                 given["student"] = str(teacher)
             _bitlm("distill", run.recipe, *(f"{key}={value}" for key, value in given.items()),
                    f"out={out}")
-            save(target, run, out, given, evaluated(run, out, teacher, given))
+            save(target, run, options.work, given, evaluated(run, out, teacher, given))
     except JobError as error:
         print(f"{run.key}: {error}", flush=True)
 
@@ -186,10 +186,10 @@ def _bitlm(*arguments: str) -> None:
     subprocess.run(command, check=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
 
 
-def save(target: Path, run: Run, out: Path, given: dict[str, str], scores: dict[str, Any]) -> None:
-    """Write a run's result: scores, cost and settings; paths by their last part."""
-    trained = json.loads((out / "result.json").read_text("utf-8"))
-    named = _named(given)
+def save(target: Path, run: Run, work: Path, given: dict[str, str], scores: dict[str, Any]) -> None:
+    """Write a run's result: scores, cost and settings; other paths by their last part."""
+    trained = json.loads((work / run.key / "result.json").read_text("utf-8"))
+    named = _named(given, work)
     data = {"run": run.key, "study": run.study, "name": run.name, "after": run.after,
             "machine": cpu_model(),
             "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
@@ -198,22 +198,27 @@ def save(target: Path, run: Run, out: Path, given: dict[str, str], scores: dict[
             "versions": trained["versions"],
             "stages": {name: {key: value for key, value in stage.items() if key != "settings"}
                        for name, stage in trained["stages"].items()},
-            "settings": _named(trained["settings"]), "packed": trained["packed"],
-            "evaluated": _named(scores)}
+            "settings": _named(trained["settings"], work), "packed": trained["packed"],
+            "evaluated": _named(scores, work)}
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
     part.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     os.replace(part, target)
 
 
-def _named(tree: Any) -> Any:
-    """Return a tree of JSON types with paths cut to their last part: others have other folders."""
+def _named(tree: Any, work: Path) -> Any:
+    """Return a tree of JSON types with paths from `work` on, or, as others have other folders, cut
+    to their last part."""
     if isinstance(tree, dict):
-        return {key: _named(value) for key, value in tree.items()}
+        return {key: _named(value, work) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_named(value) for value in tree]
-    is_path = isinstance(tree, str) and (os.path.isabs(tree) or "/" in tree and Path(tree).exists())
-    return Path(tree).name if is_path else tree
+        return [_named(value, work) for value in tree]
+    if not isinstance(tree, str) or not (os.path.isabs(tree) or "/" in tree and
+                                         Path(tree).exists()):
+        return tree
+    path = Path(tree).resolve()
+    inside = path.is_relative_to(work.resolve())
+    return str(path.relative_to(work.resolve())) if inside else path.name
 
 
 def main() -> None:

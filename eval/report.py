@@ -5,10 +5,11 @@
     eval/report.py                           print what is written
 
 Beside the quality it says what a student costs: bits and operations, all of them counted (see
-bitlm.evaluate.cost), file and memory, measured speed, training time, and how much its score moves
-with the learning rate. Models are timed in turn, so that a busy machine slows all of them alike.
-The tracks' overall metrics are quadratic means of ratios to full precision; a ratio of a score
-below 0 is 0.
+bitlm.evaluate.cost), file and memory (the tensors, and all of a process of its own that measures
+the texts), measured speed with the tokenizing of the texts, training time, and how much its score
+moves with the learning rate. Models are timed in turn, so that a busy machine slows all of them
+alike. The tracks' overall metrics are quadratic means of ratios to full precision, of seeds the
+mean; a ratio of a score below 0 is 0.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -32,6 +34,7 @@ from bitlm.cli.doctor import cpu_model
 from bitlm.evaluate import cost, glue
 from bitlm.evaluate.data import load_split
 from bitlm.evaluate.load import load_model
+from bitlm.evaluate.peak import peak_bytes
 
 TASKS = ("sst2", "mrpc", "cola", "stsb")
 SCHEMES = ("w1a16", "w1a8", "w1.58a8", "w1a1", "w1a1+estimators")
@@ -45,7 +48,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="the folder that eval/distill.py worked in")
     parser.add_argument("--glue", type=Path, help="folder with a folder for each task")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)  # a process for one model
     options = parser.parse_args()
+    if options.peak:
+        print(json.dumps(peak(options.peak, options.glue)))
+        return
     path = options.results / "report.json"
     if options.work:
         if not options.glue:
@@ -75,10 +82,22 @@ def measure(work: Path, folder: Path) -> dict[str, Any]:
               for name, (model, tokenizer) in loaded.items()}
     for name, seconds in timed(loaded, texts).items():
         models[name] |= seconds
+    for name, place in places.items():
+        command = [sys.executable, __file__, "--peak", str(place), "--glue", str(folder)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        models[name] |= json.loads(done.stdout)
     return {"machine": cpu_model(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "task": TASK, "texts": {"alone": ALONE,
                                                                 "together": TOGETHER},
             "models": models}
+
+
+def peak(place: Path, folder: Path) -> dict[str, int | None]:
+    """Return the most memory of this process, which measures the texts with one model."""
+    model, tokenizer = load_model(place, dtype="float32")
+    texts, _ = glue.examples(TASK, load_split(str(folder / TASK), "validation"))
+    glue.predict(model, tokenizer, texts[:TOGETHER], 32, 64)
+    return {"peak_bytes": peak_bytes(torch.device("cpu"))}
 
 
 def facts(model: nn.Module, tokenizer: Any, place: Path, texts: list[tuple[str, ...]]
@@ -139,7 +158,8 @@ def report(folder: Path, measured: dict[str, Any]) -> list[dict[str, Any]]:
     for name, own in measured.items():
         scores = {task: found for task in TASKS
                   if (found := _scores(results, task, name)) is not None}
-        base = {task: found[0] for task in TASKS if (found := _scores(results, task, FULL))}
+        base = {task: statistics.mean(found) for task in TASKS
+                if (found := _scores(results, task, FULL))}
         ratios = [max(statistics.mean(each), 0) / base[task] for task, each in scores.items()
                   if task in base]
         minutes = _minutes(results, name)
@@ -150,7 +170,8 @@ def report(folder: Path, measured: dict[str, Any]) -> list[dict[str, Any]]:
                "faster_alone": full["seconds_alone"] / own["seconds_alone"],
                "faster_together": own["texts_a_second"] / full["texts_a_second"]}
         row["complexity"] = _quadratic([row["operations"], row["size"]])
-        row["inference"] = _quadratic([row["faster_together"], row["size"]])
+        faster = statistics.mean([row["faster_alone"], row["faster_together"]])
+        row["inference"] = _quadratic([faster, row["size"]])
         if minutes and spread[name] and spread[FULL]:
             row["training"] = _quadratic([_minutes(results, FULL) / minutes,
                                           spread[FULL] / spread[name]])
@@ -204,6 +225,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         line("bits a weight, whole file", lambda row: f"{row['own']['bits']:.2f}"),
         line("file, MiB", lambda row: f"{row['own']['file_bytes'] / 2**20:.1f}"),
         line("tensors in memory, MiB", lambda row: f"{row['own']['memory_bytes'] / 2**20:.1f}"),
+        line("peak of a process, MiB", lambda row: row["own"].get("peak_bytes") and
+             f"{row['own']['peak_bytes'] / 2**20:.0f}"),
         line("FLOPs a text, M", lambda row: _million(row["own"]["cost"]["flops"])),
         line("BOPs a text, M", lambda row: _million(row["own"]["cost"]["bops"])),
         line("operations saved", lambda row: f"{row['operations']:.1f}x"),
