@@ -45,7 +45,7 @@ from .. import source
 from ..attention import Estimators
 from ..methods import EncodeError
 from ..output import publish_modes, whole
-from ..quantizers import ActivationQuantizer
+from ..quantizers import ActivationQuantizer, ElasticQuantizer, quantizers
 from . import terms
 from .callbacks import DivergedError, JsonlLog, newest_checkpoint, seconds_of
 from .convert import finish, prepare
@@ -292,6 +292,11 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
         callbacks=_callbacks(settings, folder))
     trainer.remove_callback(PrinterCallback)
     newest = newest_checkpoint(checkpoints)
+    if trainer.is_fsdp_enabled and any(isinstance(each, ElasticQuantizer) and not each.ready
+                                       for each in quantizers(model).values()):
+        raise RecipeError("steps that begin with the first batch cannot be set in a sharded model: "
+                          "launch the recipe without FSDP, or shard in Python after "
+                          "bitlm.quantizers.initialise(model, **batch)")
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     except (DivergedError, EncodeError) as error:
