@@ -148,7 +148,8 @@ class ElasticQuantizer(ActivationQuantizer):
         mean = float(total[0] / total[1])
         if not isfinite(mean):
             raise ValueError(f"{name} cannot be initialised: its first batch has values that are "
-                             "not finite, or is empty")
+                             "not finite, or is empty: look at the layers before it, and at "
+                             "the data")
         step = 2 * mean if self.spec.signed else 4 * mean / sqrt(2 ** self.spec.bits - 1)
         self.step.fill_(step)
         if self.spec.minimum:

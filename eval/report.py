@@ -84,7 +84,7 @@ def measure(work: Path, folder: Path) -> dict[str, Any]:
         models[name] |= seconds
     for name, place in places.items():
         command = [sys.executable, __file__, "--peak", str(place), "--glue", str(folder)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         models[name] |= json.loads(done.stdout)
     return {"machine": cpu_model(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "task": TASK, "texts": {"alone": ALONE,

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -57,7 +58,7 @@ def run(settings, say=None):
         load=partial(load, top), tokenizer=tokenizer, measure=measure,
         rows=encode(tokenizer, inputs, labels, top),
         collate=lambda model: DataCollatorWithPadding(tokenizer),
-        check=lambda model: language.check_reads(model, top.length, "length"),
+        check=partial(check, top, tokenizer),
         headline="mean" if len(metrics) > 1 or " + " in work.split else metrics[0]), say)
 
 
@@ -83,6 +84,12 @@ def folder(top):
     return found.get(top.task, top.data)
 
 
+def check(top, tokenizer, model):
+    """Raise for a model that reads less than a row, or that the tokenizer is not for."""
+    language.check_reads(model, top.length, "length")
+    language.check_pads(model, tokenizer)
+
+
 def has_head(name):
     """Tell whether a model is a sequence classifier, with a head that was trained."""
     named = AutoConfig.from_pretrained(resolve(name)).architectures or ()
@@ -98,11 +105,14 @@ def load(top, name):
         glue.check_model(model, top.task)
         return model
     task = glue.TASKS[top.task]
-    names = task.labels or ("score",)
+    names = dict(enumerate(task.labels or ("score",)))
+    if top.teacher.model:  # a student has its order
+        theirs = AutoConfig.from_pretrained(resolve(top.teacher.model)).id2label
+        names = theirs if len(theirs) == task.outputs else names
     with quiet():
         return AutoModelForSequenceClassification.from_pretrained(
-            resolve(name), num_labels=task.outputs, id2label=dict(enumerate(names)),
-            label2id={label: number for number, label in enumerate(names)})
+            resolve(name), dtype=torch.float32, num_labels=task.outputs, id2label=names,
+            label2id={label: number for number, label in names.items()})
 
 
 def encode(tokenizer, inputs, labels, top):

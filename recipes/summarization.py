@@ -56,6 +56,7 @@ def run(settings, say=None):
     def check(model):
         language.check_reads(model, top.length, "length")
         generation.room(model, tokenizer, wanted, top.length)
+        language.check_pads(model, tokenizer)
 
     def measure(model, quick):
         found = summarization.measure(

@@ -18,7 +18,7 @@ from transformers import AutoConfig, DataCollatorForSeq2Seq
 from bitlm.evaluate import generation, translation
 from bitlm.evaluate.data import DataError, choose_split, load_split
 from bitlm.evaluate.generation import Settings
-from bitlm.evaluate.language import check_reads
+from bitlm.evaluate.language import check_pads, check_reads
 from bitlm.evaluate.load import load_model, load_tokenizer
 from bitlm.source import resolve
 from bitlm.train import fresh, rows, stages
@@ -38,6 +38,7 @@ def run(settings, say=None):
     def check(model):
         check_reads(model, top.length, "length")
         generation.room(model, tokenizer, wanted, top.length)
+        check_pads(model, tokenizer)
 
     def measure(model, quick):
         found = translation.measure(

@@ -70,8 +70,8 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Seed of the resamples (default: 0).",
                                              min=0)] = None,
     predictions: Annotated[Path | None, typer.Option(
-        help="Write what the model predicts for each row, or each window's likelihood, to this "
-             "jsonl file.")] = None,
+        help="Write what the model predicts for each row, or each window's negative "
+             "log-likelihood a token, to this jsonl file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
 ) -> None:
     """Measure a model on a text or a task."""

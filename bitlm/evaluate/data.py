@@ -100,8 +100,8 @@ def choose_split(source: str | Path, wanted: Sequence[str], config: str | None =
         if split in found:
             return split
     raise DataError(f"{source} has no {' or '.join(wanted)} split: it has {', '.join(found)}; put "
-                    f"{wanted[0]}.jsonl beside it (or .json, .csv, .parquet), or name a split or a "
-                    "file")
+                    f"{wanted[0]}.jsonl beside them (or .json, .csv, .parquet), or name a split or "
+                    "a file")
 
 
 def pick_column(rows: Rows, candidates: Sequence[str], what: str = "") -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..calibration.text import check_ids
 from ..source import quiet
 from .batches import by_length, evaluating, reads
-from .language import EvaluationError, Progress, context_length, vocabulary
+from .language import EvaluationError, Progress, check_pads, context_length, vocabulary
 from .peak import peak_bytes
 
 BATCH = 8
@@ -79,6 +79,7 @@ def generate_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str],
     """
     settings = settings or Settings()
     ids = encode(tokenizer, texts, room(model, tokenizer, settings, max_input), prefix, suffix)
+    check_pads(model, tokenizer)
     check_ids(torch.tensor([max(each) for each in ids]), vocabulary(model), tokenizer)
     decoder = not model.config.is_encoder_decoder
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id)

@@ -23,7 +23,7 @@ from ..source import quiet
 from . import bootstrap, metrics
 from .batches import by_length, evaluating, reads
 from .data import DataError, Rows, pick_column, renamed, texts
-from .language import EvaluationError, Progress, vocabulary
+from .language import EvaluationError, Progress, check_pads, vocabulary
 from .peak import peak_bytes
 from .result import Result, Score, mean
 
@@ -114,6 +114,8 @@ def predict(model: nn.Module, tokenizer: Any, inputs: Sequence[tuple[str, ...]],
         batch_size = 1  # nothing says where a padded text ends
     limit = reads(model, tokenizer, max_length)
     encoded = tokenizer(*map(list, zip(*inputs)), truncation=True, max_length=limit)
+    if batch_size > 1:
+        check_pads(model, tokenizer)
     check_ids(torch.tensor([max(ids, default=0) for ids in encoded["input_ids"]]),
               vocabulary(model), tokenizer)
     lengths = [len(ids) for ids in encoded["input_ids"]]

@@ -109,6 +109,15 @@ def vocabulary(model: nn.Module) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
+def check_pads(model: nn.Module, tokenizer: Any) -> None:
+    """Raise EvaluationError for a padding token that a model does not have."""
+    if (tokenizer.pad_token_id or 0) >= vocabulary(model):
+        raise EvaluationError(
+            f"the tokenizer pads with token {tokenizer.pad_token_id} ({tokenizer.pad_token!r}), "
+            f"the model has {vocabulary(model)} embeddings: resize them, or name one of its "
+            "own tokens as pad_token")
+
+
 @torch.inference_mode()
 def perplexity(model: nn.Module, windows: Tensor, batch_size: int | None = None,
                progress: Progress | None = None, resamples: int = 0, seed: int = 0
@@ -124,8 +133,9 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int | None = None,
         for row, scores, tokens in _chunks(logits, batch):
             nll[done + row] += _nll(scores, tokens)
         done += len(batch)
-    found = _result(nll, windows, resamples, seed)
-    return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes(model.device))
+    seconds = time.perf_counter() - start
+    return replace(_result(nll, windows, resamples, seed), seconds=seconds,
+                   peak_bytes=peak_bytes(model.device))
 
 
 @torch.inference_mode()
@@ -292,9 +302,13 @@ def _result(nll: np.ndarray, windows: Tensor, resamples: int, seed: int) -> Perp
         with np.errstate(over="ignore"):  # above 709, which a destroyed model reaches
             return np.exp(sums[..., 0] / tokens)
 
+    value = float(of_sums(nll.sum(keepdims=True)))
+    if len(nll) < 2 or not math.isfinite(value):
+        resamples = 0
     score = bootstrap.of_sums(nll[:, None], of_sums, resamples, seed)
-    return PerplexityResult(score.value, float(nll.sum()) / tokens, tokens, *windows.shape,
-                            score.low, score.high, by_window=tuple((nll / each).tolist()))
+    return PerplexityResult(math.inf if math.isnan(value) else value, float(nll.sum()) / tokens,
+                            tokens, *windows.shape, score.low, score.high,
+                            by_window=tuple((nll / each).tolist()))
 
 
 def _encode(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,8 @@ from .layers import fake_quant_layers
 from .rows import ByLength, Noised
 from .weights import MeasuredScales
 
+TEACHERS = "the teacher's "  # before the name of a layer of the teacher
+
 
 class DivergedError(ValueError):
     """A training that met a value that is not finite: the message says where, and what to do."""
@@ -85,20 +87,29 @@ class StopAtNonFinite(TrainerCallback):
         where = first_nonfinite(model, self.batches(), self.teacher) or \
             "every layer's output is finite, but the gradients are not"
         raise DivergedError(f"the loss became NaN or infinite in step {state.global_step + 1}: "
-                            f"{where}; {_after(args.output_dir)}")
+                            f"{where}; {_after(args.output_dir, where)}")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if not control.should_save:
-            return
+        # After it, "best" may save what was measured, and the user what was trained.
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            self._check_weights(args, state, model)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save or control.should_evaluate:
+            self._check_weights(args, state, model)
+
+    def _check_weights(self, args, state, model) -> None:
         sums = [_whole(parameter.detach().sum(dtype=torch.float32))
                 for parameter in model.parameters() if parameter.requires_grad]
         if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
             where = first_nonfinite(model, []) or "the sum of a weight's values is infinite"
             raise DivergedError(f"step {state.global_step} was too large: {where}; "
-                                f"{_after(args.output_dir)}")
+                                f"{_after(args.output_dir, where)}")
 
 
-def _after(folder: str) -> str:
+def _after(folder: str, where: str) -> str:
+    if TEACHERS in where:
+        return "use another teacher"
     kept = newest_checkpoint(folder)
     after = f"the last good checkpoint is {kept}: go on from it" if kept else \
         "there is no checkpoint yet: start again"
@@ -114,7 +125,7 @@ def first_nonfinite(model: nn.Module, forwards: list[Callable[[], Any]],
     None where all of them are finite. The modules without children come first, so that the name is
     that of the smallest one. Parameters are looked at before.
     """
-    models = {"": model} | ({"the teacher's ": teacher} if teacher is not None else {})
+    models = {"": model} | ({TEACHERS: teacher} if teacher is not None else {})
     for whose, own in models.items():
         for name, parameter in own.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
@@ -135,12 +146,10 @@ def first_nonfinite(model: nn.Module, forwards: list[Callable[[], Any]],
                 forward()
             except ValueError as error:  # a quantizer that refuses what it was given
                 found.append(str(error))
-            if found:
-                return found[0]
     finally:
         for handle in handles:
             handle.remove()
-    return None
+    return found[0] if found else None  # after all forwards, which processes make together
 
 
 def _whole(total: Tensor) -> Tensor:

@@ -185,9 +185,16 @@ class DistillMixin:
     def _try_batches(self) -> list[Callable[[], Any]]:
         """Return forwards of the student, and of its teacher before, for each micro-batch of the
         step, to look for the first value that is not finite."""
-        models = [model for model in (self.teacher, self.model) if model is not None]
-        return [lambda model=model, batch=batch: model(**self._prepare_inputs(batch))
-                for batch in self._micro for model in models]
+        def of_teacher(batch: dict[str, Any]) -> Any:
+            with self.accelerator.autocast():
+                return self.teacher(**self._for_teacher(self._prepare_inputs(batch)))
+
+        found: list[Callable[[], Any]] = []
+        for batch in self._micro:
+            if self.teacher is not None:
+                found.append(lambda batch=batch: of_teacher(batch))
+            found.append(lambda batch=batch: self.model(**self._prepare_inputs(batch)))
+        return found
 
     # Logs, evaluation, optimizer ----------------------------------------------------------------
 

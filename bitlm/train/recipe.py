@@ -42,7 +42,8 @@ OWN = ("recipe", "profile")  # keys of a user's file that are no settings
 COMMON: dict[str, Any] = {
     "out": "",              # output folder, see `stages`
     "model": "",            # folder or hub id that the teacher is made from
-    "student": "",          # dense model that the student is made from; "": the teacher
+    "student": "",          # dense model that the student is made from, or a checkpoint of a
+                            # student to go on from; "": the teacher
     "data": "",             # file, folder of split files, or hub id
     "limit": 0,             # rows of training data; 0: all
     "scheme": "w1a8",       # w1a16, w1a8, w1.58a8, w1a1+estimators, ...; several with commas;

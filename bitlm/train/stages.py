@@ -17,11 +17,12 @@ again.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,12 +43,13 @@ from transformers.integrations import is_tensorboard_available
 
 from .. import __version__ as version
 from .. import source
-from ..attention import Estimators
+from ..attention import Estimators, attention_modules
 from ..methods import EncodeError
 from ..output import publish_modes, whole
-from ..quantizers import ActivationQuantizer, ElasticQuantizer, quantizers
+from ..quantizers import ActivationQuantizer
+from ..scheme import Training, embedding_scheme
 from . import terms
-from .callbacks import DivergedError, JsonlLog, newest_checkpoint, seconds_of
+from .callbacks import TEACHERS, DivergedError, JsonlLog, newest_checkpoint, seconds_of
 from .convert import finish, prepare
 from .distill import DistillTrainer, Seq2SeqDistillTrainer, check_tokenizers
 from .layers import fake_quant_layers
@@ -109,6 +111,9 @@ def run(settings: Settings, job: Job, say: Say | None = None) -> dict[str, Any]:
         if prepared and names:
             raise RecipeError(f"{top.model} is in training already, with weights as it says: train "
                               "it on with scheme=, or make students of a dense model")
+        if in_training(top.student) and len(names) > 1:
+            raise RecipeError(f"{top.student} is in training, as one scheme says: go on with "
+                              f"scheme={names[0]}, and make the next student of a dense model")
         start, results = time.perf_counter(), {}
         folder, results["teacher"] = _teacher(settings.at(), job, out, say)
         dense = top.student or folder
@@ -216,7 +221,7 @@ def _student(settings: SimpleNamespace, job: Job, folder: Path, dense: str, sour
         teacher, student = job.load(source), job.load(dense)
         asked = request(settings)
         if fake_quant_layers(student):  # a checkpoint
-            _check_prepared(student, asked, dense, settings.scheme)
+            _check_prepared(student, asked, dense, settings)
         else:
             chained = source != dense and bool(fake_quant_layers(teacher))
             if chained:
@@ -230,18 +235,32 @@ def _student(settings: SimpleNamespace, job: Job, folder: Path, dense: str, sour
         if not terms.need_teacher(terms.read(settings.losses)):
             teacher = None
         found = _train(student, teacher, settings.losses, settings, job, folder, say,
-                       f"student={{}} teacher.model={source} scheme={settings.scheme} lr=LOWER")
+                       f"student={{}} teacher.model={shlex.quote(source)} "
+                       f"scheme={settings.scheme} lr=LOWER")
     say(f"{settings.scheme}: {_shown(found['metrics'])}, {found['seconds']:.0f} s")
     return found
 
 
-def _check_prepared(student: PreTrainedModel, asked: Request, name: str, scheme: str) -> None:
+def _check_prepared(student: PreTrainedModel, asked: Request, name: str,
+                    settings: SimpleNamespace) -> None:
     """Raise RecipeError for a student in training that is not what a stage asks for."""
-    wanted = asked.scheme if asked.placement is None else \
-        asked.scheme.replace(input=asked.placement.inputs)
-    if student.config.quantization_config.request.scheme != wanted:
-        raise RecipeError(f"{name} is in training with other weights or activations than {scheme}: "
-                          "name the scheme and weights that it was made with, or a dense model")
+    config, placed = student.config.quantization_config, asked.placement
+    made, training = config.request, Training.from_dict(config.training or {})
+    attention = {"": placed.attention} if placed and attention_modules(student)[0] else {}
+    embeddings = asked.embeddings
+    if isinstance(embeddings, int):
+        embeddings = embedding_scheme(embeddings)
+    wanted = {
+        "weights or activations": (made.scheme, asked.scheme if placed is None else
+                                   asked.scheme.replace(input=placed.inputs)),
+        # Schedules move the parameter.
+        "estimator": (replace(training, parameter=asked.training.parameter), asked.training),
+        "attention": (made.attention, attention), "embeddings": (made.embeddings, embeddings),
+        "skip": (set(settings.skip) - set(made.skip), set())}
+    other = next((what for what, (own, theirs) in wanted.items() if own != theirs), None)
+    if other:
+        raise RecipeError(f"{name} is in training with other {other} than {settings.scheme} with "
+                          "these settings: use those that it was made with, or a dense student")
 
 
 @torch.no_grad()
@@ -292,16 +311,15 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
         callbacks=_callbacks(settings, folder))
     trainer.remove_callback(PrinterCallback)
     newest = newest_checkpoint(checkpoints)
-    if trainer.is_fsdp_enabled and any(isinstance(each, ElasticQuantizer) and not each.ready
-                                       for each in quantizers(model).values()):
-        raise RecipeError("steps that begin with the first batch cannot be set in a sharded model: "
-                          "launch the recipe without FSDP, or shard in Python after "
-                          "bitlm.quantizers.initialise(model, **batch)")
+    if trainer.is_fsdp_enabled:
+        raise RecipeError("recipes run in one process or with DDP: launch without FSDP, or shard "
+                          "in Python, with DistillTrainer")
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     except (DivergedError, EncodeError) as error:
         kept = newest_checkpoint(checkpoints)
-        way = f"; here: {again.format(kept)} out=ANOTHER" if kept else ""
+        way = f"; here: {again.format(shlex.quote(str(kept)))} out=ANOTHER" \
+            if kept and TEACHERS not in str(error) else ""
         raise DivergedError(f"{error}{way}") from error
     finally:
         _close_bars(trainer)
@@ -323,14 +341,18 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
 
 def _check_vocabulary(job: Job, model: PreTrainedModel) -> None:
     """Raise RecipeError for rows with tokens that a model does not have."""
-    if not isinstance(job.rows, list):
+    table = model.get_input_embeddings()
+    if table is None or not isinstance(job.rows, list):
         return
-    largest = max((max(row["input_ids"], default=0) for row in job.rows), default=0)
-    size = model.get_input_embeddings().weight.shape[0]
+    keys = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
+    largest = max((int(max(row[key], default=0)) for row in job.rows for key in keys
+                   if key in row), default=0)
+    size = table.weight.shape[0]
     if largest >= size:
         token = job.tokenizer.convert_ids_to_tokens(largest)
         raise RecipeError(f"the data has token {largest} ({token!r}), the model only {size} "
-                          "embeddings: its tokenizer belongs to another model")
+                          "embeddings, so this is another model's tokenizer: use the model's own "
+                          "tokenizer files")
 
 
 def _close_bars(trainer: Any) -> None:

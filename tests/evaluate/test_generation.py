@@ -4,6 +4,7 @@ from transformers import AutoModelForCausalLM
 
 import bitlm
 from bitlm.evaluate import batches
+from bitlm.evaluate.peak import peak_bytes
 from bitlm.evaluate.generation import Settings, encode, generate_texts
 from bitlm.evaluate.language import EvaluationError
 from tests.evaluate import models
@@ -143,5 +144,5 @@ def test_batches_hold_every_input_once_the_longest_first():
 
 
 def test_peak_memory_is_a_number_of_bytes():
-    peak = batches.peak_bytes(torch.device("cpu"))
+    peak = peak_bytes(torch.device("cpu"))
     assert peak is None or peak > 1 << 20

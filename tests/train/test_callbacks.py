@@ -78,29 +78,33 @@ def test_a_value_that_is_not_finite_stops_before_the_step(tmp_path):
     assert all(bool(p.isfinite().all()) for p in made.model.parameters())
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    made = trainer("bert", tmp_path, [["task", 1.0]], max_steps=4, save_strategy="steps",
-                   save_steps=1)
+@pytest.mark.parametrize("saved", [dict(save_strategy="steps", save_steps=1),
+                                   dict(save_strategy="epoch"), dict(save_strategy="no")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, saved):
+    made = trainer("bert", tmp_path, [["task", 1.0]], max_steps=-1, num_train_epochs=2, **saved)
+    last = 2 * len(made.get_train_dataloader())
 
     class Overflow(TrainerCallback):
         def on_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 2:
+            if state.global_step == last - 1:
                 made.model.classifier.weight.data[0, 0] = float("inf")
 
     made.add_callback(Overflow())
-    with pytest.raises(DivergedError, match="step 3 was too large: classifier.weight itself has "
-                                            "values that are not finite; the last good checkpoint "
-                                            "is .*checkpoint-2: go on"):
+    kept = {"steps": last - 1, "epoch": last // 2, "no": None}[saved["save_strategy"]]
+    after = f"the last good checkpoint is .*checkpoint-{kept}: go on" if kept else \
+        "there is no checkpoint yet: start again"
+    with pytest.raises(DivergedError, match=f"step {last} was too large: classifier.weight itself "
+                                            f"has values that are not finite; {after}"):
         made.train()
-    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
-    assert not (tmp_path / "checkpoint-3").exists()
+    assert not (tmp_path / f"checkpoint-{last}").exists()
 
 
 def test_a_teacher_that_is_not_finite_is_named(tmp_path):
     made = trainer("bert", tmp_path, [["kl", 1.0]])
     with torch.no_grad():
         made.teacher.classifier.bias.fill_(float("nan"))
-    with pytest.raises(DivergedError, match="the teacher's classifier.bias itself has values"):
+    with pytest.raises(DivergedError, match="the teacher's classifier.bias itself has values that "
+                                            "are not finite; use another teacher"):
         made.train()
 
 
