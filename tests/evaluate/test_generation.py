@@ -4,9 +4,9 @@ from transformers import AutoModelForCausalLM
 
 import bitlm
 from bitlm.evaluate import batches
-from bitlm.evaluate.peak import peak_bytes
 from bitlm.evaluate.generation import Settings, encode, generate_texts
 from bitlm.evaluate.language import EvaluationError
+from bitlm.evaluate.peak import peak_bytes
 from tests.evaluate import models
 from tests.tiny import make_bert, make_llama, make_tokenizer
 
