@@ -41,10 +41,10 @@ def run(settings, say=None):
     train, valid = blocks(top, tokenizer, texts, held)
     return stages.run(settings, stages.Job(
         load=partial(load, top), tokenizer=tokenizer, headline="perplexity", lower=True,
-        rows=rows.Noised(train.tolist(), noise, top.seed),
+        rows=rows.Noised(train, noise, top.seed),
         collate=lambda model: default_data_collator,
         check=partial(check, top, tokenizer),
-        measure=partial(measure, top, rows.Noised(valid.tolist(), noise, top.seed))), say)
+        measure=partial(measure, top, rows.Noised(valid, noise, top.seed))), say)
 
 
 def blocks(top, tokenizer, texts, held):

@@ -13,7 +13,7 @@ from transformers import default_data_collator
 from bitlm.calibration.text import TextError, check_ids, read_texts, token_windows
 from bitlm.evaluate import language
 from bitlm.evaluate.load import load_model
-from bitlm.train import stages
+from bitlm.train import rows, stages
 
 
 def run(settings, say=None):
@@ -35,7 +35,7 @@ def run(settings, say=None):
         load=lambda name: load_model(name, dtype="float32")[0],  # small steps need it
         check=lambda model: language.check_reads(model, top.length, "length"),
         tokenizer=tokenizer, measure=measure, lower=True,
-        rows=[{"input_ids": ids, "labels": ids} for ids in train.tolist()],
+        rows=rows.Windows(train),
         collate=lambda model: default_data_collator, headline="perplexity"), say)
 
 

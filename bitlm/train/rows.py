@@ -7,15 +7,19 @@ every process see what an uninterrupted one alone would.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .losses import IGNORED
 
 POOL = 50  # batches whose rows are sorted together
+TOGETHER = 1000  # texts that are tokenized at once
 
 
 class ByLength(Sampler[int]):
@@ -45,6 +49,44 @@ class ByLength(Sampler[int]):
             yield from batches[number]
 
 
+class Encoded(Dataset):
+    """Rows of token lists by name, {"input_ids": [...], "labels": [...]}, kept as 32-bit numbers.
+
+    Lists of Python's numbers take ten times as much memory, in each of several processes. fields:
+    the lists of all rows. A row has an `attention_mask` of ones, too.
+    """
+
+    def __init__(self, **fields: Iterable[Sequence[int]]) -> None:
+        self.tokens = {name: array("i") for name in fields}
+        self.ends = {name: array("q", [0]) for name in fields}
+        for name, lists in fields.items():
+            for ids in lists:
+                self.tokens[name].extend(ids)
+                self.ends[name].append(len(self.tokens[name]))
+
+    def __len__(self) -> int:
+        return len(self.ends["input_ids"]) - 1
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        row = {name: tokens[self.ends[name][number]:self.ends[name][number + 1]].tolist()
+               for name, tokens in self.tokens.items()}
+        return row | {"attention_mask": [1] * len(row["input_ids"])}
+
+
+class Windows(Dataset):
+    """Windows of tokens, int64 [n, L], as rows that are their own labels."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        ids = self.windows[number].tolist()
+        return {"input_ids": ids, "labels": ids}
+
+
 class Noised(Dataset):
     """Rows that are changed at random, differently in each `epoch`, which the trainer sets.
 
@@ -66,16 +108,41 @@ def lengths(rows: Sequence[Any]) -> list[int]:
     """Return a length of each row: its input tokens, before the noise whatever noise is made of."""
     if isinstance(rows, Noised):
         return [len(row) for row in rows.rows]
+    if isinstance(rows, Encoded):
+        ends = rows.ends["input_ids"]
+        return [end - start for start, end in pairwise(ends)]
     return [len(rows[number]["input_ids"]) for number in range(len(rows))]
 
 
 def pairs(tokenizer: Any, sources: Sequence[str], targets: Sequence[str], longest: int,
-          longest_target: int, prefix: str = "") -> list[dict[str, list[int]]]:
-    """Return rows of an encoder-decoder, cut at `longest` and `longest_target` tokens."""
-    encoded = tokenizer([prefix + text for text in sources], truncation=True, max_length=longest)
-    labels = tokenizer(text_target=list(targets), truncation=True, max_length=longest_target)
-    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
-            for ids, label in zip(encoded["input_ids"], labels["input_ids"], strict=True)]
+          longest_target: int, prefix: str = "") -> Encoded:
+    """Return rows of an encoder-decoder, cut at `longest` and `longest_target` tokens.
+
+    Raises ValueError for numbers of sources and targets that differ.
+    """
+    if len(sources) != len(targets):
+        raise ValueError(f"{len(sources)} sources have {len(targets)} targets")
+
+    def encoded(texts: Sequence[str], name: str, most: int, before: str = ""
+                ) -> Iterator[list[int]]:
+        for start in range(0, len(texts), TOGETHER):
+            some = [before + text for text in texts[start:start + TOGETHER]]
+            yield from tokenizer(**{name: some}, truncation=True, max_length=most)["input_ids"]
+
+    return Encoded(input_ids=encoded(sources, "text", longest, prefix),
+                   labels=encoded(targets, "text_target", longest_target))
+
+
+def largest_token(rows: Sequence[Any], names: Sequence[str]) -> int:
+    """Return the largest token of rows under these names, 0 where noise is still to be drawn."""
+    if isinstance(rows, Noised):
+        return 0
+    if isinstance(rows, Windows):
+        return int(rows.windows.max())
+    if isinstance(rows, Encoded):
+        return max(max(rows.tokens[name], default=0) for name in names)
+    return max((int(max(row[name], default=0)) for row in rows for name in names if name in row),
+               default=0)
 
 
 def generator(*seeds: int) -> torch.Generator:
@@ -93,7 +160,7 @@ def mask_tokens(ids: Sequence[int], random: torch.Generator, *, mask: int, vocab
     Of these 80 % become `mask`, 10 % another token, 10 % stay (BERT, arXiv 1810.04805). At least
     one token is chosen where one is not `special`.
     """
-    tokens = torch.tensor(ids)
+    tokens = torch.as_tensor(ids)
     plain = ~torch.isin(tokens, torch.tensor(list(special)))
     chosen = plain & (torch.rand(len(tokens), generator=random) < share)
     if not bool(chosen.any()) and bool(plain.any()):

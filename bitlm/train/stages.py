@@ -54,6 +54,7 @@ from .convert import finish, prepare
 from .distill import DistillTrainer, Seq2SeqDistillTrainer, check_tokenizers
 from .layers import fake_quant_layers
 from .recipe import RecipeError, Settings, plain, scheme_names
+from .rows import largest_token
 from .schemes import Request, request
 from .weights import WeightQuantizer
 from .work import LOG, RESULT, is_main, make, on_cpu, result, wait, work, write
@@ -342,12 +343,10 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
 def _check_vocabulary(job: Job, model: PreTrainedModel) -> None:
     """Raise RecipeError for rows with tokens that a model does not have."""
     table = model.get_input_embeddings()
-    if table is None or not isinstance(job.rows, list):
+    if table is None:
         return
-    keys = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
-    largest = max((int(max(row[key], default=0)) for row in job.rows for key in keys
-                   if key in row), default=0)
-    size = table.weight.shape[0]
+    names = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
+    largest, size = largest_token(job.rows, names), table.weight.shape[0]
     if largest >= size:
         token = job.tokenizer.convert_ids_to_tokens(largest)
         raise RecipeError(f"the data has token {largest} ({token!r}), the model only {size} "

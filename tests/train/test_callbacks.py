@@ -251,6 +251,26 @@ def test_pairs_are_cut():
     assert row["input_ids"][:2] == tokenizer("p ")["input_ids"][:2]
 
 
+def test_rows_are_kept_as_numbers_of_32_bits(monkeypatch):
+    lists = [[1, 2, 3], [], [70000, 5]]
+    held = rows.Encoded(input_ids=iter(lists), labels=[[9], [8, 7], []])
+    assert [row["input_ids"] for row in held] == lists and len(held) == 3
+    assert held[2] == {"input_ids": [70000, 5], "labels": [], "attention_mask": [1, 1]}
+    assert held.tokens["input_ids"].itemsize == 4 and rows.lengths(held) == [3, 0, 2]
+    assert rows.largest_token(held, ["input_ids"]) == 70000
+    assert rows.largest_token(held, ["labels"]) == 9
+    windows = rows.Windows(torch.tensor([[1, 2], [3, 4]]))
+    assert list(windows[1].values()) == [[3, 4], [3, 4]] and rows.lengths(windows) == [2, 2]
+    assert rows.largest_token(windows, ["input_ids"]) == 4
+    from tests.tiny import make_tokenizer
+    texts = [f"text {number}" for number in range(7)]
+    whole = list(rows.pairs(make_tokenizer(), texts, texts[::-1], 9, 9))
+    monkeypatch.setattr(rows, "TOGETHER", 3)
+    assert list(rows.pairs(make_tokenizer(), texts, texts[::-1], 9, 9)) == whole
+    with pytest.raises(ValueError, match="7 sources have 6 targets"):
+        rows.pairs(make_tokenizer(), texts, texts[1:], 9, 9)
+
+
 def test_lengths_of_rows():
     assert rows.lengths([{"input_ids": [1, 2]}, {"input_ids": [3]}]) == [2, 1]
     assert rows.lengths(rows.Noised(["ab", "c"], None, seed=0)) == [2, 1]
