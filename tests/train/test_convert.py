@@ -47,10 +47,11 @@ GRID = [
 def close(one, other):
     """Assert that outputs [B, ...] are the same but for the order of sums.
 
-    With rounded activations that may, rarely, round a value to its other neighbour: not in all B.
+    Each layer's may be 1e-5. With rounded activations that may, rarely, round a value to its other
+    neighbour: not in all B.
     """
     errors = (one - other).flatten(1).abs().amax(1)
-    assert (errors <= 1e-5 * other.abs().max()).sum() >= len(errors) - 2, errors
+    assert (errors <= 3e-5 * other.abs().max()).sum() >= len(errors) - 2, errors
 
 
 def finished(model, name, directory):

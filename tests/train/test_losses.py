@@ -415,7 +415,7 @@ def test_direction_matching(norm):
     (lambda: kl(torch.zeros(2, 3), torch.zeros(2, 4)), r"are \[2, 3\] and \[2, 4\]"),
     (lambda: kl(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3)), r"a mask of shape \[3\]"),
     (lambda: soft_cross_entropy(torch.zeros(2, 3), torch.zeros(2, 3), over="all"), "over is 'all'"),
-    (lambda: hidden_mse(states(1, 4, 0), states(1, 5, 0)), "may differ with a projection"),
+    (lambda: hidden_mse(states(1, 4, 0), states(1, 5, 0)), "whose widths may differ"),
     (lambda: hidden_mse(states(1, 4, 0), states(1, 4, 0), pairs=[(0, 1)]), "layers 0 and 1 are"),
     (lambda: hidden_mse(states(1, 4, 0), states(1, 4, 0), pairs=[]), "no layers to compare"),
     (lambda: hidden_mse(states(1, 4, 0), states(1, 4, 0), over="max"), "over is 'max'"),
