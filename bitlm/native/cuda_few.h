@@ -263,13 +263,7 @@ BITLM_DEVICE void write_few(const bitlm_cuda_product& call, const FewSums<A>& su
     if (token >= slice.end || row >= call.rows) continue;
     float scale = (1.0f / scale_unit) * load<float>(call.input.scales + token);
     float sum = scale * memory[at / few_rows * few_row_floats + at % few_rows];
-    int64_t place = static_cast<int64_t>(token) * call.y_columns + call.y_column + row;
-    if (call.addend) sum += call.addend[place];
-    if (call.bias) {
-      int64_t bias = static_cast<int64_t>(slice.expert) * call.rows + row;
-      sum += float_at(call.bias, call.bias_type, bias);
-    }
-    put_float(call.y, call.y_type, place, sum);
+    put_sum(call, slice.expert, token, row, sum);
   }
 }
 

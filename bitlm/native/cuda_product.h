@@ -369,6 +369,17 @@ BITLM_DEVICE void add_pass_of_words(Sums<R, T>& sums, const Operand& x, const Pa
 
 // ---- A block -------------------------------------------------------------------------------------
 
+// Writes sum + addend + bias of a token and a row of the block's expert.
+BITLM_DEVICE void put_sum(const bitlm_cuda_product& call, int expert, int token, int row, float sum) {
+  int64_t place = static_cast<int64_t>(token) * call.y_columns + call.y_column + row;
+  if (call.addend) sum += call.addend[place];
+  if (call.bias) {
+    int64_t bias = static_cast<int64_t>(expert) * call.rows + row;
+    sum += float_at(call.bias, call.bias_type, bias);
+  }
+  put_float(call.y, call.y_type, place, sum);
+}
+
 // Adds the warps' sums in a fixed order and writes y. memory: [warps][T][16 R] floats.
 template <int R, int T>
 BITLM_DEVICE void write_rows(const bitlm_cuda_product& call, const Sums<R, T>& sums,
@@ -396,13 +407,7 @@ BITLM_DEVICE void write_rows(const bitlm_cuda_product& call, const Sums<R, T>& s
     if (token >= slice.end || row >= call.rows) continue;
     float sum = memory[at];
     for (int warp = 1; warp < product_warps; warp++) sum += memory[warp * (T * rows) + at];
-    int64_t place = static_cast<int64_t>(token) * call.y_columns + call.y_column + row;
-    if (call.addend) sum += call.addend[place];
-    if (call.bias) {
-      int64_t bias = static_cast<int64_t>(slice.expert) * call.rows + row;
-      sum += float_at(call.bias, call.bias_type, bias);
-    }
-    put_float(call.y, call.y_type, place, sum);
+    put_sum(call, slice.expert, token, row, sum);
   }
 }
 
