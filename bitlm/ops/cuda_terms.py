@@ -54,7 +54,7 @@ class Product:
 
     def __post_init__(self) -> None:
         own = self.source
-        self.few = bool(self.passes) and _whole(own.columns, own.group_size, UNIT_COLUMNS) and \
+        self.few = bool(self.passes) and _in_steps(own.columns, own.group_size, UNIT_COLUMNS) and \
             all(_plain(each, 16) for each in self.passes)
 
 
@@ -307,12 +307,12 @@ def _fits_many(form: Form, part: Part) -> bool:
     if part.ranked or part.chains or part.salient or part.low_rank or len(part.products) != 1:
         return False
     own = part.products[0]
-    return _whole(form.columns, form.group_size, STEP_COLUMNS) and own.source.places is None and \
-        own.source.multipliers is None and 0 < len(own.passes) <= MANY_PASSES and \
-        all(_plain(each, 8) for each in own.passes)
+    return _in_steps(form.columns, form.group_size, STEP_COLUMNS) and \
+        own.source.places is None and own.source.multipliers is None and \
+        0 < len(own.passes) <= MANY_PASSES and all(_plain(each, 8) for each in own.passes)
 
 
-def _whole(columns: int, group_size: int, step: int) -> bool:
+def _in_steps(columns: int, group_size: int, step: int) -> bool:
     """Tell whether groups, or the one that there is, are whole steps of columns."""
     return columns % step == 0 and (group_size >= columns or group_size % step == 0)
 

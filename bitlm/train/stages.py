@@ -202,7 +202,7 @@ def _teacher(settings: SimpleNamespace, job: Job, out: Path, say: Say) -> tuple[
         say(f"teacher: training {settings.model}")
         set_seed(own.seed)
         found = _train(job.load(settings.model), None, [["task", 1.0]], own, job, folder, say,
-                       "model={} teacher.lr=LOWER")
+                       "model=CHECKPOINT teacher.lr=LOWER")
     elif found is None:
         make(folder)
         found = {"metrics": dict(job.measure(job.load(source), False)), "steps": 0, "seconds": 0.0}
@@ -221,6 +221,9 @@ def _student(settings: SimpleNamespace, job: Job, folder: Path, dense: str, sour
         set_seed(settings.seed)
         teacher, student = job.load(source), job.load(dense)
         asked = request(settings)
+        if fake_quant_layers(student) and dense == source:
+            raise RecipeError(f"the teacher {source} is in training itself: name the dense model "
+                              "that its student is made from, student=DIR")
         if fake_quant_layers(student):  # a checkpoint
             _check_prepared(student, asked, dense, settings)
         else:
@@ -236,7 +239,7 @@ def _student(settings: SimpleNamespace, job: Job, folder: Path, dense: str, sour
         if not terms.need_teacher(terms.read(settings.losses)):
             teacher = None
         found = _train(student, teacher, settings.losses, settings, job, folder, say,
-                       f"student={{}} teacher.model={shlex.quote(source)} "
+                       f"student=CHECKPOINT teacher.model={shlex.quote(source)} "
                        f"scheme={settings.scheme} lr=LOWER")
     say(f"{settings.scheme}: {_shown(found['metrics'])}, {found['seconds']:.0f} s")
     return found
@@ -296,7 +299,7 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
            ) -> dict[str, Any]:
     """Train a model in a stage's folder, keep the best of it, and return the stage's result.
 
-    again: the settings that go on from a checkpoint, which is to be put in, with a lower rate.
+    again: the settings that go on from CHECKPOINT with a lower rate.
     """
     if job.check:
         job.check(model)
@@ -319,8 +322,10 @@ def _train(model: PreTrainedModel, teacher: PreTrainedModel | None, losses: Sequ
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     except (DivergedError, EncodeError) as error:
         kept = newest_checkpoint(checkpoints)
-        way = f"; here: {again.format(shlex.quote(str(kept)))} out=ANOTHER" \
-            if kept and TEACHERS not in str(error) else ""
+        way = ""
+        if kept and TEACHERS not in str(error):
+            named = again.replace("CHECKPOINT", shlex.quote(str(kept)), 1)
+            way = f"; here: {named} out=ANOTHER"
         raise DivergedError(f"{error}{way}") from error
     finally:
         _close_bars(trainer)

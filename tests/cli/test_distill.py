@@ -106,6 +106,8 @@ def test_after_a_divergence_its_last_checkpoint_is_gone_on_from(run, world, tmp_
         result = run("distill", *glue(world, tmp_path / change[:11], "scheme=w1a8", *more, change))
         assert f"with other {what} than" in result.stderr, (change, result.stderr)
         assert result.exit_code == 2
+    result = run("distill", *glue(world, tmp_path / "self", "scheme=w1a8", f"teacher.model={kept}"))
+    assert result.exit_code == 2 and "name the dense model that its student" in result.stderr
     result = run("distill", *glue(world, tmp_path / "chain", "scheme=w1a8,w1a1", *more))
     assert result.exit_code == 2 and "go on with scheme=w1a8" in result.stderr
 
