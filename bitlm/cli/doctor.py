@@ -165,10 +165,17 @@ def _cuda_kernels() -> str:
     import torch
 
     cards = {f"cuda:{i}": torch.device("cuda", i) for i in range(torch.cuda.device_count())}
-    tried = [f"{name}: {cuda.unfit(card) or 'agrees with the reference'}"
-             for name, card in cards.items()]
+    tried = [f"{name}: {_agreement(card)}" for name, card in cards.items()]
     return "; ".join([f"{facts['library']}, machine code for {facts['architectures']}", *tried,
                       f"native: {facts['native']}", f"reference: {', '.join(facts['reference'])}"])
+
+
+def _agreement(card: Any) -> str:
+    from ..ops import cuda
+
+    unfit, left_out = cuda.unfit(card), cuda.not_used(card)
+    partly = f", but for products by wgmma, which are not used: {left_out}" if left_out else ""
+    return unfit or f"agrees with the reference{partly}"
 
 
 def _text(value: Any) -> str:

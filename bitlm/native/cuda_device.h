@@ -239,7 +239,7 @@ BITLM_DEVICE Slice slice_of(int experts, const int32_t* offsets, int rank, int a
 }
 
 // How many blocks slice_of needs: none is empty, so never more than there are rows.
-inline int slices_of(int experts, int rows, int tokens) {
+constexpr int slices_of(int experts, int rows, int tokens) {
   int most = experts ? rows / tokens + experts : ceil_div(rows, tokens);
   return most < rows ? most : rows;
 }

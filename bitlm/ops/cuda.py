@@ -131,10 +131,15 @@ def unfit(device: torch.device) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         named = native.load("bitlm_cuda").library.bitlm_cuda_architectures().decode()
         _fitness[device] = _no_code(named, major, minor) or disagreement(device)
+        if not _fitness[device] and cuda_launch.has_wide((major, minor)):
+            fault = disagreement(device, cuda_check.WIDE_WAYS)
+            if fault:  # the other kernels do their work
+                cuda_launch.wide_faults[device] = fault
     return _fitness[device]
 
 
-def disagreement(device: torch.device) -> str | None:
+def disagreement(device: torch.device, ways: Sequence[cuda_check.Way] = cuda_check.WAYS
+                 ) -> str | None:
     """Return how the kernels differ from the reference on a device, or None."""
     def linear(x: Tensor, tensors: list[Tensor], form: Form, offsets: Tensor | None,
                activation: str, settings: Settings) -> Tensor:
@@ -144,7 +149,12 @@ def disagreement(device: torch.device) -> str | None:
         return _dense(tensors, form, torch.float32)
 
     with cuda_launch.on(device), torch.no_grad():
-        return cuda_check.disagreement(linear, dense, device)
+        return cuda_check.disagreement(linear, dense, device, ways)
+
+
+def not_used(device: torch.device) -> str | None:
+    """Return why kernels that a card could run are left out there, or None; after unfit."""
+    return cuda_launch.wide_faults.get(device)
 
 
 def _no_code(architectures: str, major: int, minor: int) -> str | None:
@@ -154,7 +164,7 @@ def _no_code(architectures: str, major: int, minor: int) -> str | None:
     plain = [int(name) for name in names if name.isdigit()]
     if any(int(name.rstrip("af")) == card for name in names) or \
             any(own // 10 == major and own <= card for own in plain) or \
-            (plain and names[-1].isdigit() and plain[-1] <= card):
+            (plain and plain[-1] <= card):
         return None
     return f"the CUDA kernels are built for {architectures}, this card has {card}"
 

@@ -7,13 +7,13 @@ the process: nothing in CUDA can be used after it.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .cuda_table import Settings
+from .cuda_table import NEVER, Settings
 from .form import Form
 from .rounding import LEVELS
 
@@ -26,15 +26,18 @@ CASES = (((72, 512, 128), ("signs",)), ((48, 384, 384), ("signs", "mask", "shift
          ((72, 256, 128), ("signs", "mask", "experts", "input_scales", "low_rank")),
          ((24, 128, 128), ("signs", "experts", "columns")), ((24, 128, 64), ("signs", "experts")))
 EXPERTS = 3
-NEVER = 1 << 30
 BITS = Settings((1, 2, 4, 8), NEVER, NEVER, NEVER, few_tokens=NEVER)
-# Tokens, dtype, activation and settings: every way to multiply.
-WAYS = [(tokens, dtype, activation, BITS) for tokens in (1, 9)
+# Tokens, dtype, activation and settings: every way to multiply, and those of sm_90a alone.
+Way = tuple[int, torch.dtype, str, Settings]
+WAYS: list[Way] = [(tokens, dtype, activation, BITS) for tokens in (1, 9)
         for dtype in (torch.float32, torch.float16) for activation in ("float", "int8")]
 WAYS += [(tokens, torch.float16, "float", BITS) for tokens in (2, 4)]
 WAYS += [(10, dtype, "float", Settings(many_tokens=1, dense_tokens=NEVER, many_tiles=tiles))
          for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2)]
 WAYS += [(70, torch.float16, activation, Settings(few_tokens=1)) for activation in LEVELS]
+WIDE_WAYS: list[Way] = [
+    (10, dtype, "float", Settings(dense_tokens=NEVER, wide_tokens=1, wide_tiles=tiles))
+    for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2, 4)]
 # Of the size of the result; a kernel that is wrong is wrong by about all of it.
 TOLERANCE = 2e-2
 
@@ -43,7 +46,8 @@ Linear = Callable[[Tensor, list[Tensor], Form, Tensor | None, str, Settings], Te
 Dense = Callable[[list[Tensor], Form], Tensor]
 
 
-def disagreement(linear: Linear, dense: Dense, device: torch.device) -> str | None:
+def disagreement(linear: Linear, dense: Dense, device: torch.device, ways: Sequence[Way] = WAYS
+                 ) -> str | None:
     """Return how kernels differ from the reference on a device, or None; waits for the device.
 
     Raises torch.OutOfMemoryError, which says nothing of the kernels.
@@ -58,7 +62,7 @@ def disagreement(linear: Linear, dense: Dense, device: torch.device) -> str | No
                 expected = reference.dequantize(tensors, form.text, torch.float32)
                 if not _error(dense(there, form), expected) <= 1e-5:
                     return f"the CUDA kernels give other dense weights than the reference ({case})"
-            for tokens, dtype, activation, settings in WAYS:
+            for tokens, dtype, activation, settings in ways:
                 x = torch.randn(tokens, columns, generator=random).to(dtype)
                 offsets = _offsets(form, tokens)
                 y = linear(x.to(device), there, form, offsets, activation, settings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import byref
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -38,7 +39,10 @@ from .structs import ACTIVATIONS, TYPES
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _FLOAT, _INT16 = _NUMBERS["float"], _NUMBERS["int16"]
+WIDE_ARCHITECTURE = "90a"
 _LEVELS = {_NUMBERS[name] for name in LEVELS}
+# Why products of sm_90a are not used on a card that has them.
+wide_faults: dict[torch.device, str] = {}
 # Rows of inputs are filled up to whole blocks of tokens.
 _MOST_BLOCK_TOKENS = 8
 
@@ -61,9 +65,9 @@ def linear(x: Tensor, tensors: list[Tensor], form: Form, bias: Tensor | None,
     work = _work(x, weight, activation, settings)
     if work == "dense":
         return _dense_linear(x, weight, _bias(bias, form))
-    if work == "many":
+    if work in ("many", "wide"):
         return _many_linear(x, weight, _bias(bias, form), _offsets(offsets, form, x.device),
-                            settings)
+                            settings, work == "wide")
     call = _Call(weight, dict(zip(form.names, tensors)), x, _NUMBERS[activation], step, settings,
                  _offsets(offsets, form, x.device))
     return call.linear(_bias(bias, form))
@@ -266,38 +270,52 @@ def _work(x: Tensor, weight: Terms, activation: str, settings: Settings) -> str:
     form = weight.form
     if activation != "float" or x.dtype == torch.float32:
         return "bits"
-    return settings.work(len(x) // (form.experts or 1), weight.many,
+    wide = x.dtype in weight.wide and x.device not in wide_faults
+    return settings.work(len(x) // (form.experts or 1), weight.many, wide,
                          not form.experts and no_rows(form) is None)
 
 
 def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor | None,
-                 settings: Settings) -> Tensor:
-    """Return x @ W.T + bias in the dtype of x, W made of codes in registers."""
+                 settings: Settings, wide: bool) -> Tensor:
+    """Return x @ W.T + bias in the dtype of x, W made of codes in registers.
+
+    wide: by the tensor cores of sm_90a, W rounded to the dtype of x.
+    """
     form = weight.form
     y = (x.new_zeros if form.experts else x.new_empty)(len(x), form.rows)
     if not y.numel():
         return y
     ordered = torch.empty_like(x)
-    _launch("bitlm_cuda_order_launch", Order(x.data_ptr(), ordered.data_ptr(), *x.shape), x.device)
+    _launch("bitlm_cuda_order_launch", Order(x.data_ptr(), ordered.data_ptr(), *x.shape, wide),
+            x.device)
+    launch = "bitlm_cuda_wide_launch" if wide else "bitlm_cuda_many_launch"
     for part in weight.parts:
         product, = part.products
         own = None if bias is None else bias[..., part.first:part.first + part.rows].contiguous()
-        _launch("bitlm_cuda_many_launch", Many(
+        _launch(launch, Many(
             (Pass * MANY_PASSES)(*product.passes), ordered.data_ptr(),
             y.data_ptr(), 0, 0 if own is None else own.data_ptr(),
             0 if offsets is None else offsets.data_ptr(), len(product.passes), part.rows,
             form.columns, form.group_size, len(x), y.shape[1], part.first, TYPES[x.dtype],
             0 if own is None else TYPES[own.dtype], form.experts,
-            settings.tiles(part.rows, len(x), _multiprocessors(x.device))), x.device)
+            settings.tiles(part.rows, len(x), _multiprocessors(x.device), wide)), x.device)
     return y
 
 
 @cache
 def settings_of(device: torch.device) -> Settings:
-    """Return what suits a card."""
+    """Return what suits a card, of what the library has machine code for."""
     if device.type != "cuda":
         return cuda_table.DEFAULT
-    return cuda_table.settings(torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    own = cuda_table.settings(capability)
+    return own if has_wide(capability) else replace(own, wide_tokens=cuda_table.NEVER)
+
+
+def has_wide(capability: tuple[int, int]) -> bool:
+    """Tell whether a card has the products of sm_90a, and the library has code for them."""
+    named = native.load("bitlm_cuda").library.bitlm_cuda_architectures().decode().split()
+    return capability == (9, 0) and WIDE_ARCHITECTURE in named
 
 
 @cache

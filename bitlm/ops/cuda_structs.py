@@ -8,6 +8,7 @@ from .structs import fields
 
 MAX_PASSES = 9
 MANY_PASSES = 4
+WIDE_BITS, WIDE_PASSES = 2, 3
 STEP_COLUMNS = 64  # of a product of many tokens
 UNIT_COLUMNS, UNIT_WORDS, DIGIT_WORDS = 128, 4, 32
 
@@ -32,7 +33,7 @@ class Product(Structure):
 
 
 class Order(Structure):
-    _fields_ = [*fields("x ordered", c_void_p), *fields("tokens columns", c_int32)]
+    _fields_ = [*fields("x ordered", c_void_p), *fields("tokens columns wide reserved", c_int32)]
 
 
 class Many(Structure):

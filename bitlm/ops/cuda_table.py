@@ -17,6 +17,7 @@ TABLE = Path(__file__).with_name("cuda_table.json")
 MOST_STAGING_BYTES = 40 * 1024
 # The weight is made dense in pieces that stay in the L2 cache.
 DENSE_PIECE_BYTES = 32 * 1024 * 1024
+NEVER = 1 << 30  # tokens
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,12 @@ class Settings:
     block_tokens: tokens (1, 2, 4 or 8) that a block of a bit product takes of 1, of 2, of up to 4
     and of more tokens. many_tokens: from so many of 16 bits on (of each expert, on average), codes
     become floats in registers: less work by token than bits, more before the first one.
-    dense_tokens: from so many on, cuBLAS multiplies by a dense copy, piece by piece: its
-    instructions are faster by token, and making the copy is little beside it. dense_tokens_alone:
-    the same where there is no kernel for many tokens. many_tiles: 1 or 2, a block of it makes 64 or
-    128 rows; 0: the more, where there are still blocks enough for the card. few_tokens: from so
-    many of 1 and 2 bits on, a bit product takes 8 tokens at a time.
+    wide_tokens: from so many on, the tensor cores of sm_90a multiply those; no other card has them.
+    dense_tokens: from so many on, cuBLAS multiplies by a dense copy, piece by piece: making the
+    copy is little beside it. dense_tokens_alone: the same where there is no kernel for many tokens.
+    many_tiles, wide_tiles: a block makes 64 times so many rows, 1 or 2, of wide ones also 4; 0: the
+    most with which there are still blocks enough for the card. few_tokens: from so many of 1 and 2
+    bits on, a bit product takes 8 tokens at a time.
     """
 
     block_tokens: tuple[int, int, int, int] = (1, 2, 4, 8)
@@ -39,34 +41,41 @@ class Settings:
     dense_tokens_alone: int = 256
     many_tiles: int = 0
     few_tokens: int = 16
+    wide_tokens: int = NEVER
+    wide_tiles: int = 0
 
     def block(self, tokens: int) -> int:
         """Return how many of `tokens` tokens a block of a bit product takes."""
         return self.block_tokens[0 if tokens == 1 else 1 if tokens == 2 else 2 + (tokens > 4)]
 
-    def work(self, tokens: int, many: bool, dense: bool) -> str:
-        """Return how a product of 16-bit inputs is made: "bits", "many" or "dense".
+    def work(self, tokens: int, many: bool, wide: bool, dense: bool) -> str:
+        """Return how a product of 16-bit inputs is made: "bits", "many", "wide" or "dense".
 
-        many, dense: whether there are kernels for it.
+        many, wide, dense: whether there are kernels for it.
         """
         if dense and tokens >= (self.dense_tokens if many else self.dense_tokens_alone):
             return "dense"
+        if wide and tokens >= self.wide_tokens:
+            return "wide"
         return "many" if many and tokens >= self.many_tokens else "bits"
 
-    def tiles(self, rows: int, tokens: int, multiprocessors: int) -> int:
-        """Return the tiles of a product of many tokens: see many_tiles."""
-        enough = -(-rows // 128) * -(-tokens // 128) >= multiprocessors
-        return self.many_tiles or 1 + enough
+    def tiles(self, rows: int, tokens: int, multiprocessors: int, wide: bool) -> int:
+        """Return the tiles of a product of many tokens: see many_tiles and wide_tiles."""
+        chosen = self.wide_tiles if wide else self.many_tiles
+        return chosen or next((tiles for tiles in ((4, 2) if wide else (2,)) if
+                               -(-rows // (64 * tiles)) * -(-tokens // 128) >= multiprocessors), 1)
 
 
 DEFAULT = Settings()
+# What was not measured yet, of cards that have more than others.
+DEFAULTS = {"9.0": Settings(wide_tokens=96)}
 
 
 @cache
 def settings(capability: tuple[int, int]) -> Settings:
     """Return what suits cards of a compute capability."""
-    own = read().get(_key(capability))
-    return DEFAULT if own is None else own
+    key = _key(capability)
+    return read().get(key) or DEFAULTS.get(key, DEFAULT)
 
 
 def read() -> dict[str, Settings]:

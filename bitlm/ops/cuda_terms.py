@@ -16,7 +16,15 @@ from torch import Tensor
 
 from .bits import pack_bits, unpack_bits
 from .cache import OfTensors, must_fit, undisturbed
-from .cuda_structs import MANY_PASSES, MAX_PASSES, STEP_COLUMNS, UNIT_COLUMNS, Pass
+from .cuda_structs import (
+    MANY_PASSES,
+    MAX_PASSES,
+    STEP_COLUMNS,
+    UNIT_COLUMNS,
+    WIDE_BITS,
+    WIDE_PASSES,
+    Pass,
+)
 from .form import Form, chains, damaged_columns, parse, planes, row
 from .structs import TYPES
 
@@ -113,8 +121,8 @@ def unsupported(form: Form) -> str | None:
 class Terms(OfTensors):
     """The launches of a weight, and the tensors made for them.
 
-    many: whether products of many tokens of 16 bits have a kernel of their own. input_scales: fp32
-    [E, P, K] or None.
+    many: whether products of many tokens of 16 bits have a kernel of their own. wide: the dtypes
+    for which sm_90a has another one. input_scales: fp32 [E, P, K] or None.
 
     Raises RuntimeError naming every tensor that does not fit the form, ValueError for a damaged
     list of columns or salient values.
@@ -135,6 +143,8 @@ class Terms(OfTensors):
         self.parts = [self._part(own, part, form.rows // count) for part, own in
                       enumerate(_split(named, form, count))]
         self.many = all(_fits_many(form, part) for part in self.parts)
+        self.wide = frozenset(dtype for dtype in (torch.float16, torch.bfloat16) if self.many and
+                              all(_fits_wide(part.products[0], dtype) for part in self.parts))
         self.remember(tensors)
 
     def _whole(self, tensor: Tensor) -> Tensor:
@@ -310,6 +320,18 @@ def _fits_many(form: Form, part: Part) -> bool:
     return _in_steps(form.columns, form.group_size, STEP_COLUMNS) and \
         own.source.places is None and own.source.multipliers is None and \
         0 < len(own.passes) <= MANY_PASSES and all(_plain(each, 8) for each in own.passes)
+
+
+def _fits_wide(product: Product, dtype: torch.dtype) -> bool:
+    """Tell whether a product that fits many tokens has a kernel on sm_90a (bitlm_cuda_wide).
+
+    Its weights are of `dtype`, and fp16 does not hold what other types of scales do.
+    """
+    coded = [each for each in product.passes if each.signs]
+    bits = sum(1 + bool(each.mask) for each in coded)
+    held = dtype == torch.bfloat16 or all(each.scale_type == TYPES[torch.float16]
+                                          for each in product.passes if each.scales)
+    return 0 < bits <= WIDE_BITS and len(product.passes) <= WIDE_PASSES and held
 
 
 def _in_steps(columns: int, group_size: int, step: int) -> bool:

@@ -47,12 +47,13 @@ CPU = Interface(2, "bitlm_abi_version", {  # native/bitlm.h
                       c_void_p),
 }, "there is no compiled library beside the package; reinstall bitlm on a machine with a C++17 "
    "compiler")
-CUDA = Interface(2, "bitlm_cuda_abi_version", {  # native/bitlm_cuda.h
+CUDA = Interface(3, "bitlm_cuda_abi_version", {  # native/bitlm_cuda.h
     "bitlm_cuda_stage": _LAUNCH,
     "bitlm_cuda_product_launch": _LAUNCH,
     "bitlm_cuda_few_launch": _LAUNCH,
     "bitlm_cuda_order_launch": _LAUNCH,
     "bitlm_cuda_many_launch": _LAUNCH,
+    "bitlm_cuda_wide_launch": _LAUNCH,
     "bitlm_cuda_combine_launch": _LAUNCH,
     "bitlm_cuda_thin_launch": _LAUNCH,
     "bitlm_cuda_salient_launch": _LAUNCH,

@@ -109,10 +109,11 @@ def take_turns(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, l
     return times
 
 
-NEVER = 1 << 30
+NEVER = cuda_table.NEVER
 # Settings that make a product in one way, and the batches at which ways are compared.
 WAYS = {"bits": cuda_table.Settings((1, 2, 4, 8), NEVER, NEVER, NEVER, few_tokens=NEVER),
         "many": cuda_table.Settings(many_tokens=1, dense_tokens=NEVER),
+        "wide": cuda_table.Settings(dense_tokens=NEVER, wide_tokens=1),
         "dense": cuda_table.Settings(dense_tokens=1)}
 BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
@@ -126,14 +127,17 @@ def tune(rounds: int) -> str:
                  for own in (1, 2, 4, 8)}
         blocks.append(min(times, key=times.get))
         lines.append(f"{tokens} tokens, by tokens of a block: {_shown(times)}")
-    best = dict.fromkeys(("many", "dense", "alone"), NEVER)
+    best = dict.fromkeys(("many", "wide", "dense", "alone"), NEVER)
     winning = set(best)  # at this batch and all larger ones
-    ways = {name: replace(own, block_tokens=tuple(blocks)) for name, own in WAYS.items()}
+    capability = torch.cuda.get_device_capability()
+    ways = {name: replace(own, block_tokens=tuple(blocks)) for name, own in WAYS.items()
+            if name != "wide" or cuda_launch.has_wide(capability)}
     for tokens in reversed(BATCHES):
         layer = Layer(Work("tune", 4096, 4096, tokens))
         times = {name: _median(layer, rounds, own) for name, own in ways.items()}
+        codes = min(us for name, us in times.items() if name != "dense")
         wins = {"many": times["many"] < times["bits"], "alone": times["dense"] < times["bits"],
-                "dense": times["dense"] < min(times["many"], times["bits"])}
+                "wide": times.get("wide") == codes, "dense": times["dense"] < codes}
         winning &= {name for name, won in wins.items() if won}
         best |= dict.fromkeys(winning, tokens)
         lines.append(f"{tokens} tokens: {_shown(times)}")
@@ -150,8 +154,8 @@ def tune(rounds: int) -> str:
             break
         few = tokens
     own = cuda_table.Settings(tuple(blocks), best["many"], best["dense"], best["alone"],
-                              few_tokens=few)
-    cuda_table.write(torch.cuda.get_device_capability(), own)
+                              few_tokens=few, wide_tokens=best["wide"])
+    cuda_table.write(capability, own)
     return "\n".join([*lines, f"{cuda_table.TABLE.name}: {own}"])
 
 

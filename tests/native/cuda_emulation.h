@@ -69,12 +69,14 @@ constexpr int most_words = 6;  // that a thread brings to a meeting
 }
 
 struct Copy;
+struct Started;
 
 struct Fiber {
   ucontext_t context;
   jmp_buf place;
   bool begun, done;
   std::vector<Copy> copies;
+  std::vector<Started> products;
 };
 
 // Where threads meet: each brings a few words, and gets those of all when the last one has come.
@@ -90,6 +92,15 @@ struct Copy {
   const void* from;
   size_t bytes;
   bool end;
+};
+
+// A product of a warpgroup, of one thread: what it adds to, its two rows of a, and x. It reads x when
+// it is waited for; `end` ends a group.
+struct Started {
+  float* sums;
+  float a[2][16];
+  const char* x;
+  bool half, add, end;
 };
 
 struct Machine {
@@ -325,6 +336,85 @@ void await_copies() {
     }
   }
   copies.erase(copies.begin(), copies.begin() + static_cast<long>(done));
+}
+
+// ---- As PTX defines wgmma.m64n128k16: see cuda_wgmma.h --------------------------------------------
+
+inline float short_float(uint32_t pair, int half, bool is_half) {
+  uint16_t bits = static_cast<uint16_t>(pair >> 16 * half);
+  return is_half ? half_to_float(bits) : float_of(static_cast<uint32_t>(bits) << 16);
+}
+
+// Byte `byte` of row `row` of a matrix in swizzled rows that begins at x: the bits of its address
+// that count the 16-byte pieces are exchanged by those that count the rows.
+inline const char* unswizzled(const char* x, int row, int byte) {
+  uintptr_t at = reinterpret_cast<uintptr_t>(x) + static_cast<uintptr_t>(row * 128 + byte);
+  return reinterpret_cast<const char*>(at ^ (at >> 7 & 7) << 4);
+}
+
+inline void finish(const emulation::Started& own) {
+  int t = threadIdx.x % 4;
+  for (int i = 0; i < 64; i++) {
+    int token = i / 4 * 8 + 2 * t + i % 2, row = i % 4 / 2;
+    float sum = 0.0f;
+    for (int k = 0; k < 16; k++) {
+      uint16_t bits;
+      memcpy(&bits, unswizzled(own.x, token, 2 * k), sizeof bits);
+      sum += own.a[row][k] * short_float(bits, 0, own.half);
+    }
+    own.sums[i] = own.add ? own.sums[i] + sum : sum;
+  }
+}
+
+template <int TYPE>
+void start_product(float (&sums)[64], const uint32_t (&a)[4], const char* x, bool add) {
+  using namespace emulation;
+  Machine& m = machine();
+  const uint32_t(*all)[most_words] = exchange(4, a, 4);
+  int g = threadIdx.x % 32 / 4;
+  Started own = {sums, {}, x, TYPE == BITLM_FLOAT16, add, false};
+  for (int i = 0; i < 2; i++) {
+    for (int k = 0; k < 16; k++) {
+      own.a[i][k] = short_float(all[4 * g + k % 8 / 2][2 * (k / 8) + i], k % 2, own.half);
+    }
+  }
+  m.fibers[m.current].products.push_back(own);
+  if (m.backwards) finish(own);
+}
+
+inline void ready_products() {}
+inline void show_products() {}
+inline void settle(float (&)[64]) {}
+
+inline void commit_products() {
+  emulation::Machine& m = emulation::machine();
+  m.fibers[m.current].products.push_back({nullptr, {}, nullptr, false, false, true});
+}
+
+template <int GROUPS>
+void await_products() {
+  emulation::Machine& m = emulation::machine();
+  std::vector<emulation::Started>& products = m.fibers[m.current].products;
+  int open = 0;
+  for (const emulation::Started& each : products) open += each.end;
+  size_t done = 0;
+  for (; open > GROUPS; done++) {
+    if (products[done].end) {
+      open--;
+    } else if (!m.backwards) {
+      finish(products[done]);
+    }
+  }
+  products.erase(products.begin(), products.begin() + static_cast<long>(done));
+}
+
+template <int BYTE>
+uint32_t spread_signs(uint32_t bits) {
+  uint32_t spread = 0;
+  for (int i = 0; i < 2; i++) {
+    if (bits >> (8 * (BYTE + i) + 7) & 1) spread |= 0xffffu << 16 * i;
+  }
+  return spread;
 }
 
 template <class Call>

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitlm.ops import cuda, cuda_launch, cuda_table, cuda_terms, library, reference
+from bitlm.ops import cuda, cuda_check, cuda_launch, cuda_table, cuda_terms, library, reference
 from bitlm.ops.structs import ACTIVATIONS
 from tests.native import cuda_host
 from tests.native.test_kernel import (
@@ -178,12 +178,88 @@ def test_many_tokens(rows, columns, group, kinds, tiles, kernels, monkeypatch):
         assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise).all()
 
 
+# One and two bits of every kind; rows and tokens that are no whole blocks, more steps than stages.
+@pytest.mark.parametrize("tiles", (1, 2, 4))
+@pytest.mark.parametrize("rows, columns, group, kinds, shift", [
+    (37, 64, None, ("binary",), False), (150, 640, 128, ("binary",), True),
+    (300, 448, 64, ("ternary",), False), (70, 512, None, ("ternary",), True),
+    (65, 384, 128, ("binary", "binary"), False), (40, 576, 192, ("binary", "binary"), True)])
+def test_many_tokens_of_sm_90a(rows, columns, group, kinds, shift, tiles, kernels, monkeypatch):
+    names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1, wide_tiles=tiles))
+    form, tensors = random_weight(rows, columns, group, kinds, shift=shift)
+    for turn, (dtype, tokens) in enumerate(((torch.float16, 3), (torch.bfloat16, 131))):
+        kernels.bitlm_cuda_emulate_backwards((turn + tiles) % 2)
+        x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(rows)
+        y = native(x, tensors, form, bias)
+        # Weights are rounded as those of a dense layer, sums are not before the result.
+        weight = reference.dequantize(tensors, form.text, torch.float32).to(dtype).double()
+        exact = x.double() @ weight.T + bias
+        rounding = torch.finfo(dtype).eps * 0.51
+        noise = 1e-5 * exact.norm(dim=-1, keepdim=True) / rows ** 0.5
+        assert y.dtype == dtype
+        assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise).all()
+    assert names == {"bitlm_cuda_order_launch", "bitlm_cuda_wide_launch"}
+
+
+def test_many_tokens_of_sm_90a_in_the_order_of_blocks(monkeypatch):
+    # More slices of tokens than a chunk has, and several blocks of rows.
+    names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1, dense_tokens=1 << 30,
+                                                       wide_tiles=1))
+    form, tensors = random_weight(130, 64, 64, ("binary",))
+    x = torch.randn(17 * 128 + 5, 64).half()
+    y = native(x, tensors, form)
+    weight = reference.dequantize(tensors, form.text, torch.float32)
+    assert "bitlm_cuda_wide_launch" in names
+    assert (y.float() - x.float() @ weight.T).norm() < 1e-3 * y.float().norm()
+
+
+def test_many_tokens_of_experts_of_sm_90a(kernels, monkeypatch):
+    names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1))
+    form, named = plain.example(("mask",), ("shift",), 70, 128, 64, experts=4)
+    tensors, bias = list(named.values()), torch.randn(4, 70)
+    for ends in ([0, 0, 0, 0], [3, 3, 9, 140], [140, 140, 140, 140], [5, 133, 133, 138]):
+        kernels.bitlm_cuda_emulate_backwards(ends[0] % 2)
+        offsets, x = torch.tensor(ends, dtype=torch.int32), torch.randn(140, 128).bfloat16()
+        y = native(x, tensors, form, bias, offsets)
+        exact = reference.packed_linear(x.double(), tensors, form.text, bias, offsets)
+        assert (y - exact).norm() <= 8e-3 * exact.norm()
+        assert not y[ends[-1]:].any()
+    assert "bitlm_cuda_wide_launch" in names
+
+
+def test_what_sm_90a_has_no_product_for(monkeypatch):
+    settings = cuda_table.Settings(wide_tokens=1, many_tokens=1)
+    three = ("binary",) * 3, torch.float16
+    mixed = ("ternary", "binary"), torch.float16
+    wide_scales = ("binary",), torch.float32  # fp16 does not hold them
+    for (kinds, scales), dtypes in ((three, set()), (mixed, set()),
+                                    (wide_scales, {torch.bfloat16})):
+        form, tensors = random_weight(20, 128, 64, kinds, scales=scales)
+        assert cuda_terms.terms(form.text, tensors).wide == dtypes
+        with monkeypatch.context() as patch:
+            names = _launched(patch, settings)
+            native(torch.randn(5, 128).half(), tensors, form)
+        assert names == {"bitlm_cuda_order_launch", "bitlm_cuda_many_launch"}
+
+
+def test_wrong_products_of_sm_90a_are_left_out(monkeypatch):
+    names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1, many_tokens=1))
+    device = torch.device("cpu")
+    assert cuda.disagreement(device, cuda_check.WIDE_WAYS) is None
+    assert "bitlm_cuda_wide_launch" in names
+    monkeypatch.setattr(cuda_launch, "wide_faults", {device: "wrong"})
+    names.clear()
+    form, tensors = random_weight(20, 128, 64, ("binary",))
+    native(torch.randn(5, 128).half(), tensors, form)
+    assert "bitlm_cuda_wide_launch" not in names
+
+
 @pytest.mark.parametrize("activation", ("int2", "uint2", "int1", "uint1"))
 @pytest.mark.parametrize("rows, columns, group, kinds", [
     (70, 1280, 128, ("binary",)), (64, 384, None, ("ternary",)), (33, 768, 256, ("binary",) * 2),
     (65, 640, None, ("ternary", "binary"))])
 def test_many_tokens_of_few_levels(rows, columns, group, kinds, activation, kernels, monkeypatch):
-    launched = _launched_few(monkeypatch)
+    launched = _launched(monkeypatch, cuda_table.Settings(few_tokens=1))
     form, tensors = random_weight(rows, columns, group, kinds, shift=rows % 2 == 0)
     for turn, (tokens, dtype) in enumerate(((1, torch.float32), (9, torch.float16),
                                             (77, torch.bfloat16), (40, torch.float32))):
@@ -201,9 +277,9 @@ def test_many_tokens_of_few_levels(rows, columns, group, kinds, activation, kern
     assert launched == {"bitlm_cuda_stage", "bitlm_cuda_few_launch"}
 
 
-def _launched_few(monkeypatch) -> set[str]:
-    """Let `few` take all that it can; return where the names of launches go."""
-    settings, launch, names = cuda_table.Settings(few_tokens=1), cuda_launch._launch, set()
+def _launched(monkeypatch, settings: cuda_table.Settings) -> set[str]:
+    """Set what suits the card; return where the names of launches go."""
+    launch, names = cuda_launch._launch, set()
     monkeypatch.setattr(cuda_launch, "settings_of", lambda device: settings)
     monkeypatch.setattr(cuda_launch, "_launch",
                         lambda name, *rest: (names.add(name), launch(name, *rest)))
@@ -211,7 +287,7 @@ def _launched_few(monkeypatch) -> set[str]:
 
 
 def test_many_tokens_of_few_levels_and_other_terms(monkeypatch):
-    launched = _launched_few(monkeypatch)
+    launched = _launched(monkeypatch, cuda_table.Settings(few_tokens=1))
     offsets = torch.tensor([5, 5, 40], dtype=torch.int32)
     for terms, experts, activation in itertools.product(
             (("rank",), ("input_scales", "low_rank"), ("salient.columns", "shift")), (0, 3),
@@ -265,14 +341,22 @@ def test_infinities_and_nan_in_many_tokens(monkeypatch):
 
 
 def test_which_work_tokens_are():
-    own = cuda_table.Settings((1, 2, 8, 4), many_tokens=10, dense_tokens=100, dense_tokens_alone=50)
+    own = cuda_table.Settings((1, 2, 8, 4), many_tokens=10, dense_tokens=100, dense_tokens_alone=50,
+                              wide_tokens=20)
     assert [own.block(tokens) for tokens in (1, 2, 3, 4, 5, 99)] == [1, 2, 8, 8, 4, 4]
-    assert [own.work(n, True, True) for n in (9, 10, 100)] == ["bits", "many", "dense"]
-    assert [own.work(n, True, False) for n in (9, 10, 100)] == ["bits", "many", "many"]
-    assert [own.work(n, False, True) for n in (49, 50)] == ["bits", "dense"]
-    assert own.work(100, False, False) == "bits"
-    assert [own.tiles(256, 128, blocks) for blocks in (2, 3)] == [2, 1]
-    assert cuda_table.Settings(many_tiles=1).tiles(4096, 4096, 1) == 1
+    assert [own.work(n, True, False, True) for n in (9, 10, 20, 100)] == \
+        ["bits", "many", "many", "dense"]
+    assert [own.work(n, True, True, True) for n in (9, 10, 20, 100)] == \
+        ["bits", "many", "wide", "dense"]
+    assert [own.work(n, True, True, False) for n in (9, 10, 100)] == ["bits", "many", "wide"]
+    assert [own.work(n, False, False, True) for n in (49, 50)] == ["bits", "dense"]
+    assert own.work(100, False, False, False) == "bits"
+    assert [own.tiles(256, 128, blocks, False) for blocks in (2, 3)] == [2, 1]
+    assert [own.tiles(256, 256, blocks, True) for blocks in (2, 3, 4, 5, 8, 9)] == \
+        [4, 2, 2, 1, 1, 1]
+    assert cuda_table.Settings(many_tiles=1).tiles(4096, 4096, 1, False) == 1
+    assert cuda_table.Settings(wide_tiles=2).tiles(4096, 4096, 1, True) == 2
+    assert cuda_table.DEFAULTS["9.0"].wide_tokens < cuda_table.NEVER
 
 
 def test_the_table_of_cards(monkeypatch, tmp_path):
@@ -282,7 +366,7 @@ def test_the_table_of_cards(monkeypatch, tmp_path):
     cuda_table.TABLE.write_text("{}")
     measured = cuda_table.Settings((2, 2, 4, 8), 32, 512, 128)
     cuda_table.settings.cache_clear()
-    assert cuda_table.settings((9, 0)) == cuda_table.DEFAULT
+    assert cuda_table.settings((9, 0)) == cuda_table.DEFAULTS["9.0"]
     cuda_table.write((9, 0), measured)
     assert cuda_table.settings((9, 0)) == measured
     assert cuda_table.settings((8, 0)) == cuda_table.DEFAULT
@@ -483,7 +567,8 @@ def test_cards_that_the_library_was_not_built_for():
         [None] * 4
     assert cuda._no_code("90", 8, 0) == "the CUDA kernels are built for 90, this card has 80"
     assert cuda._no_code("86", 8, 0) and not cuda._no_code("80", 8, 6)
-    assert cuda._no_code("80 90a", 10, 0) and not cuda._no_code("80 90a", 9, 0)
+    assert cuda._no_code("90a", 10, 0) and not cuda._no_code("80 90a", 9, 0)
+    assert not cuda._no_code("80 90 90a", 12, 0)
 
 
 def test_tensors_on_another_device_are_refused():

@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitlm.ops import cuda, dequantize, library, packed_embedding, packed_linear, reference
+from bitlm.ops import (
+    cuda,
+    cuda_launch,
+    cuda_table,
+    dequantize,
+    library,
+    packed_embedding,
+    packed_linear,
+    reference,
+)
 from bitlm.ops.structs import ACTIVATIONS
 from tests.native.test_kernel import (
     FLOATS,
@@ -86,7 +95,31 @@ def test_layers_of_a_language_model(batch: int, dtype: torch.dtype):
         exact = packed_linear(x.float(), tensors, form.text, bias).double()  # 1e-5, on the CPU
         rounding = torch.finfo(dtype).eps * 0.51 + 1e-6
         noise = (3e-5 if dtype == torch.float32 else 3e-4) * exact.norm(dim=-1, keepdim=True)
+        if batch >= cuda_table.DEFAULTS["9.0"].wide_tokens and dtype != torch.float32:
+            noise = noise + 4 * torch.finfo(dtype).eps * exact.norm(dim=-1, keepdim=True)
         assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise / rows ** 0.5).all()
+
+
+@pytest.mark.parametrize("tiles", (1, 2, 4))
+def test_products_of_sm_90a(tiles: int, monkeypatch):
+    if not cuda_launch.has_wide(torch.cuda.get_device_capability()):
+        pytest.skip("this card, or this library, has no products of sm_90a")
+    card = torch.device(GPU, torch.cuda.current_device())
+    assert cuda.unfit(card) is None and cuda.not_used(card) is None
+    settings = cuda_table.Settings(wide_tokens=1, wide_tiles=tiles, dense_tokens=cuda_table.NEVER)
+    monkeypatch.setattr(cuda_launch, "settings_of", lambda device: settings)
+    for rows, columns, group, kinds, shift in (
+            (4096, 4096, 128, ("binary",), False), (1000, 4096, None, ("ternary",), True),
+            (4104, 1088, 64, ("binary", "binary"), True), (70, 64, None, ("ternary",), False)):
+        form, tensors = random_weight(rows, columns, group, kinds, shift=shift)
+        for batch, dtype in itertools.product((1, 130, 700), (torch.float16, torch.bfloat16)):
+            x, bias = torch.randn(batch, columns).to(dtype), torch.randn(rows)
+            weight = dequantize(tensors, form.text, torch.float32).to(dtype)
+            exact = x.double() @ weight.double().T + bias
+            y = native(x, tensors, form, bias)
+            rounding = torch.finfo(dtype).eps * 0.51 + 1e-6
+            noise = 3e-5 * exact.norm(dim=-1, keepdim=True) / rows ** 0.5
+            assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise).all()
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
