@@ -64,8 +64,12 @@ def sentences(text: str) -> list[str]:
     return lines if len(lines) > 1 else _SENTENCE_END.split(text.strip())
 
 
-def lead(document: str, count: int) -> str:
-    """Return the first sentences of a document, one a line."""
+def lead(document: str, count: int, tokenizer: Any = None) -> str:
+    """Return the first sentences of a document, one a line, without a tokenizer's special tokens:
+    who copies a text with masks leaves them out.
+    """
+    for special in filter(None, tokenizer.all_special_tokens if tokenizer else ()):
+        document = document.replace(special, " ")
     return "\n".join(sentences(document)[:count])
 
 
@@ -88,7 +92,7 @@ def measure(model: nn.Module, tokenizer: Any, rows: Rows, settings: Settings | N
     settings = settings or Settings()
     documents, references = examples(rows, columns)
     # First: a missing rouge-score should not be found after an hour of generation.
-    lines = rouge([lead(document, lead_sentences) for document in documents], references)
+    lines = rouge([lead(document, lead_sentences, tokenizer) for document in documents], references)
     written = generate_texts(
         model, tokenizer, documents, settings, batch_size=batch_size, max_input=max_input,
         prefix=prefix_of(model) if prefix is None else prefix,

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from bitlm.evaluate.data import DataError
@@ -59,6 +61,8 @@ def test_the_lead():
     assert lead(text, 1) == "Mr. smith came at 3.5 p.m. today."
     assert lead("one. Two.\nthree.\n\nfour.", 2) == "one. Two.\nthree."
     assert lead("short", 3) == "short" and lead("", 3) == ""
+    masked = SimpleNamespace(all_special_tokens=["<s>", "<mask>"])
+    assert lead("<mask> saw<mask> dog. Two.", 1, masked).split() == ["saw", "dog."]
 
 
 def test_lsum_takes_the_sentences_of_one_line(tmp_path):
