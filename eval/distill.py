@@ -88,9 +88,12 @@ def _runs() -> dict[str, Run]:
         # Without the step between, as many steps in all; and with steps and moves of quantizers
         # that learn at the papers' rate, which is for ten times as many steps.
         "w1a1-direct-0": w1a1 | {"epochs": 2}, "w1a1-slow-0": w1a1 | {"quantizer_lr": 1e-4},
-        "w1a1+estimators-slow-0": estimators | {"quantizer_lr": 1e-4}},
+        "w1a1+estimators-slow-0": estimators | {"quantizer_lr": 1e-4},
+        # Estimators of more than rank 1.
+        "w1a1+estimators-rank4-0": estimators | {"estimators": 4},
+        "w1a1+estimators-rank4-1": estimators | {"estimators": 4, "seed": 1}},
         {f"{name}-{end}": f"w1a8-{end[-1]}" for name in ("w1a1", "w1a1+estimators")
-         for end in ("0", "1", "slow-0")})
+         for end in ("0", "1", "slow-0", "rank4-0", "rank4-1")})
     for task in ("mrpc", "cola", "stsb"):
         study(task, "glue", glue(task), {"w1a8-0": {"scheme": "w1a8"}, "w1a1-0": w1a1},
               {"w1a1-0": "w1a8-0"})
