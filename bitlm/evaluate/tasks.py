@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from .data import DataError, Rows, choose_split, load_split, splits
 from .generation import Settings
 from .language import Progress
 from .result import Result
+
+log = logging.getLogger("bitlm")
 
 Measure = Callable[[nn.Module, Any, Progress | None], list[Result]]
 
@@ -228,6 +231,8 @@ def _glue_splits(data: str, name: str, asked: str | None) -> list[str]:
         return [asked]
     if not Path(data).is_dir():
         return [""] if Path(data).is_file() else list(wanted)
-    found = splits(data, name)
-    return ([split for split in wanted if split in found]
-            or [choose_split(data, tuple(dict.fromkeys((*wanted, "validation"))), name)])
+    present = splits(data, name)
+    found = [split for split in wanted if split in present]
+    for half in set(wanted) - set(found) if found else ():
+        log.warning("%s has no %s: the score of %s is that of one half", data, half, name)
+    return found or [choose_split(data, tuple(dict.fromkeys((*wanted, "validation"))), name)]

@@ -32,13 +32,15 @@ def test_unknown_tasks(name):
         find(name)
 
 
-def test_a_folder_of_tasks_is_one_work_each(tmp_path):
+def test_a_folder_of_tasks_is_one_work_each(tmp_path, caplog):
     write(tmp_path / "sst2" / "dev.jsonl", SST2)
     write(tmp_path / "MNLI" / "dev_matched.jsonl", [
         {"premise": "a", "hypothesis": "b", "label": 0}])
     work = prepare(find("glue"), str(tmp_path))
     assert [(each.task, each.split) for each in work] == [
         ("glue/sst2", "validation"), ("glue/mnli", "validation_matched")]
+    assert [record.getMessage().partition(" has ")[2] for record in caplog.records] == [
+        "no validation_mismatched: the score of mnli is that of one half"]
     # The folder of all tasks, the folder of one and its file are the same task.
     for place in (tmp_path, tmp_path / "sst2", tmp_path / "sst2" / "dev.jsonl"):
         work, = prepare(find("glue/sst2"), str(place))
