@@ -97,8 +97,6 @@ typedef struct bitlm_cuda_order {
   const uint16_t* x;  // [tokens][columns], fp16 or bf16
   uint16_t* ordered;  // the same
   int32_t tokens, columns;
-  int32_t wide;  // 1: for bitlm_cuda_wide
-  int32_t reserved;
 } bitlm_cuda_order;
 
 BITLM_API int bitlm_cuda_order_launch(const bitlm_cuda_order* call, void* stream);
@@ -117,14 +115,15 @@ typedef struct bitlm_cuda_many {
   int32_t y_columns, y_column;  // the rows' place in y
   int32_t type, bias_type;      // type: fp16 or bf16
   int32_t experts;
-  int32_t tiles;  // a block makes 64 times so many rows: 1 or 2, of bitlm_cuda_wide also 4
+  int32_t tiles;  // 1 or 2: a block makes 64 or 128 rows, of 128 tokens; bitlm_cuda_wide: 4: of 256
   int32_t reserved;
 } bitlm_cuda_many;
 
 BITLM_API int bitlm_cuda_many_launch(const bitlm_cuda_many* call, void* stream);
 
 // The same on sm_90a, for one or two bits a weight: signs, signs and mask, or signs of two planes; and
-// perhaps a shift, the last pass. Weights are rounded to `type`.
+// perhaps a shift, the last pass. Weights are rounded to `type`; x is not ordered, and lies at a multiple
+// of 16 bytes. cudaErrorNotSupported where the library, or the driver, has not what it takes.
 BITLM_API int bitlm_cuda_wide_launch(const bitlm_cuda_many* call, void* stream);
 
 // ---- Other terms ---------------------------------------------------------------------------------

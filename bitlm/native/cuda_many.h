@@ -213,23 +213,24 @@ BITLM_DEVICE void add_step(Tiles<R>& totals, Tiles<R>& sums, const Step<R>& step
 
 // ---- A block -------------------------------------------------------------------------------------
 
-// Writes y of a block of ROWS rows x 128 tokens, 8 rows at a time where they lie together.
-// sums: [tokens][STRIDE], in shared memory.
-template <int TYPE, int ROWS, int STRIDE, int THREADS>
+// Writes y of a block of ROWS rows x TOKENS tokens, 8 rows at a time where they lie together.
+// sums: [TOKENS][STRIDE], in shared memory, STRIDE a multiple of 4.
+template <int TYPE, int TOKENS, int ROWS, int STRIDE, int THREADS>
 BITLM_DEVICE void write_sums(const bitlm_cuda_many& call, const float* sums, const Slice& slice,
                              int first_row) {
   constexpr int eights = ROWS / 8;
-  for (int at = threadIdx.x; at < many_tokens * eights; at += THREADS) {
+  for (int at = threadIdx.x; at < TOKENS * eights; at += THREADS) {
     int token = at / eights, row = at % eights * 8, left = call.rows - first_row - row;
     if (slice.first + token >= slice.end || left <= 0) continue;
-    const float* own = sums + token * STRIDE + row;
+    const Words* own = reinterpret_cast<const Words*>(sums + token * STRIDE + row);
+    const Words words[2] = {own[0], own[1]};
     int64_t place = static_cast<int64_t>(slice.first + token) * call.y_columns + call.y_column +
                     first_row + row;
     int64_t bias = static_cast<int64_t>(slice.expert) * call.rows + first_row + row;
     uint16_t value[8];
 #pragma unroll
     for (int k = 0; k < 8; k++) {
-      float sum = own[k];
+      float sum = __uint_as_float(words[k / 4].word[k % 4]);
       if (k < left && call.addend) sum += call.addend[place + k];
       if (k < left && call.bias) sum += float_at(call.bias, call.bias_type, bias + k);
       value[k] = TYPE == BITLM_FLOAT16 ? half_of(sum) : bfloat_of(sum);
@@ -271,7 +272,7 @@ BITLM_DEVICE void write_tiles(const bitlm_cuda_many& call, const Tiles<R>& total
     }
   }
   __syncthreads();
-  write_sums<TYPE, many_rows(R), sums_stride(R), many_threads>(call, memory, slice, first_row);
+  write_sums<TYPE, many_tokens, many_rows(R), sums_stride(R), many_threads>(call, memory, slice, first_row);
 }
 
 // passes: shared memory for what is known of each pass.
@@ -327,24 +328,17 @@ BITLM_DEVICE void many_block(const bitlm_cuda_many& call, PassRows* passes) {
 
 // ---- Ordering x ----------------------------------------------------------------------------------
 
-// Which column of a word lies at element 8 t + 2 i + half of its 32 in ordered x.
-BITLM_DEVICE int ordered_column(int wide, int t, int i, int half) {
-  if (!wide) return 16 * half + 15 - (i / 2 * 8 + 2 * t + i % 2);
-  // Here element 16 p + 8 h + 2 q + half, the half of lane q's pair of product p, low or high k.
-  return 16 * (t / 2) + 8 * half + 7 - (2 * i + t % 2);
-}
-
-// Chunk t of a word of a token: 8 elements. For bitlm_cuda_many: columns 15 - s and 31 - s for s = 2t,
-// 2t + 1, 8 + 2t and 9 + 2t; for bitlm_cuda_wide: see cuda_wide.h.
+// Chunk t of a word of a token: columns 15 - s and 31 - s for s = 2t, 2t + 1, 8 + 2t, 9 + 2t.
 BITLM_DEVICE void order_chunk(const bitlm_cuda_order& call, int64_t token, int word, int t) {
   const uint16_t* from = call.x + token * call.columns;
   Words four;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
+    int s = i / 2 * 8 + 2 * t + i % 2;
     uint32_t pair = 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      int column = word * word_columns + ordered_column(call.wide, t, i, half);
+      int column = word * word_columns + 16 * half + 15 - s;
       pair |= static_cast<uint32_t>(load<uint16_t>(from + column)) << 16 * half;
     }
     four.word[i] = pair;

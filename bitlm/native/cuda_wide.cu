@@ -7,20 +7,24 @@ namespace {
 // blocks: that a multiprocessor has to hold.
 template <class Shape, int TYPE, int BLOCKS>
 __global__ void __launch_bounds__(Shape::threads, BLOCKS)
-    wide_kernel(const __grid_constant__ bitlm_cuda_many call) {
+    wide_kernel(const __grid_constant__ WideCall call) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  __shared__ PassRows passes[wide_passes];
-  wide_block<Shape, TYPE>(call, passes);
+  __shared__ uint64_t landings[Shape::stages];
+  wide_block<Shape, TYPE>(call, landings);
 #endif
 }
 
-template <int GROUPS, int TILES, int BITS, int BLOCKS>
-int start_wide(const bitlm_cuda_many& call, void* stream) {
-  using Shape = Wide<GROUPS, TILES, BITS>;
-  int64_t blocks = static_cast<int64_t>(slices_of(call.experts, call.tokens, wide_tokens)) *
-                   ceil_div(call.rows, Shape::rows);
+template <int GROUPS, int TOKENS, int BITS, int BLOCKS>
+int start_wide(const bitlm_cuda_many& many, void* stream) {
+  using Shape = Wide<GROUPS, TOKENS, BITS>;
+  int64_t blocks = static_cast<int64_t>(slices_of(many.experts, many.tokens, TOKENS)) *
+                   ceil_div(many.rows, Shape::rows);
+  if (!blocks) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  auto kernel = call.type == BITLM_FLOAT16 ? wide_kernel<Shape, BITLM_FLOAT16, BLOCKS>
+  WideCall call = {many, {}};
+  int error = map_tokens(&call.x, many.x, many.type, many.tokens, many.columns, TOKENS);
+  if (error) return error;
+  auto kernel = many.type == BITLM_FLOAT16 ? wide_kernel<Shape, BITLM_FLOAT16, BLOCKS>
                                            : wide_kernel<Shape, BITLM_BFLOAT16, BLOCKS>;
   return launch(kernel, call, dim3(static_cast<unsigned>(blocks)), Shape::threads, Shape::memory,
                 stream, Shape::memory);
@@ -29,9 +33,9 @@ int start_wide(const bitlm_cuda_many& call, void* stream) {
 template <int BITS>
 int start_wide(const bitlm_cuda_many& call, void* stream) {
   switch (call.tiles) {
-    case 1: return start_wide<1, 1, BITS, 2>(call, stream);
-    case 2: return start_wide<2, 1, BITS, 1>(call, stream);
-    case 4: return start_wide<2, 2, BITS, 1>(call, stream);
+    case 1: return start_wide<1, 128, BITS, 2>(call, stream);
+    case 2: return start_wide<2, 128, BITS, 1>(call, stream);
+    case 4: return start_wide<2, 256, BITS, 1>(call, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -41,6 +45,9 @@ int start_wide(const bitlm_cuda_many& call, void* stream) {
 
 int bitlm_cuda_wide_launch(const bitlm_cuda_many* call, void* stream) {
   using namespace bitlm;
+#if defined(__CUDACC__) && !defined(BITLM_CUDA_90A)  // then the kernels are empty
+  return cudaErrorNotSupported;
+#endif
   bool grouped = call->group_size >= call->columns || call->group_size % step_columns == 0;
   int bits = 0;
   for (int i = 0; i < call->count && i < BITLM_CUDA_MANY_PASSES; i++) {

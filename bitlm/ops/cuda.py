@@ -6,6 +6,7 @@ CUDA graph once the weight has been used (cuda_terms.py looks at the tensors at 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,8 @@ from .structs import TYPES
 
 # Why a card cannot run the kernels, None where it can.
 _fitness: dict[torch.device, str | None] = {}
+# Why a card that has products of sm_90a does not use them.
+_not_used: dict[torch.device, str] = {}
 # Why calls went to the reference, and how often: what `bitlm doctor` and tests ask for.
 handed_back: dict[str, int] = {}
 
@@ -130,16 +133,31 @@ def unfit(device: torch.device) -> str | None:
     if device not in _fitness:
         major, minor = torch.cuda.get_device_capability(device)
         named = native.load("bitlm_cuda").library.bitlm_cuda_architectures().decode()
-        _fitness[device] = _no_code(named, major, minor) or disagreement(device)
-        if not _fitness[device] and cuda_launch.has_wide((major, minor)):
-            fault = disagreement(device, cuda_check.WIDE_WAYS)
-            if fault:  # the other kernels do their work
-                cuda_launch.wide_faults[device] = fault
+        unfit = _no_code(named, major, minor) or disagreement(device)
+        if not unfit and cuda_launch.has_wide((major, minor)):
+            _try_wide(device)
+        _fitness[device] = unfit
     return _fitness[device]
 
 
-def disagreement(device: torch.device, ways: Sequence[cuda_check.Way] = cuda_check.WAYS
-                 ) -> str | None:
+def _try_wide(device: torch.device) -> None:
+    """Let a card use its products of sm_90a if they are right; the others do its work if not."""
+    if os.environ.get("BITLM_WGMMA") == "0":
+        _not_used[device] = "BITLM_WGMMA=0"
+        return
+    cuda_launch.wide_cards.add(device)
+    try:
+        fault = disagreement(device, cuda_check.WIDE_CASES, cuda_check.WIDE_WAYS)
+    except BaseException:
+        cuda_launch.wide_cards.discard(device)
+        raise
+    if fault:
+        cuda_launch.wide_cards.discard(device)
+        _not_used[device] = fault
+
+
+def disagreement(device: torch.device, cases: Sequence[cuda_check.Case] = cuda_check.CASES,
+                 ways: Sequence[cuda_check.Way] = cuda_check.WAYS) -> str | None:
     """Return how the kernels differ from the reference on a device, or None."""
     def linear(x: Tensor, tensors: list[Tensor], form: Form, offsets: Tensor | None,
                activation: str, settings: Settings) -> Tensor:
@@ -149,12 +167,12 @@ def disagreement(device: torch.device, ways: Sequence[cuda_check.Way] = cuda_che
         return _dense(tensors, form, torch.float32)
 
     with cuda_launch.on(device), torch.no_grad():
-        return cuda_check.disagreement(linear, dense, device, ways)
+        return cuda_check.disagreement(linear, dense, device, cases, ways)
 
 
 def not_used(device: torch.device) -> str | None:
     """Return why kernels that a card could run are left out there, or None; after unfit."""
-    return cuda_launch.wide_faults.get(device)
+    return _not_used.get(device)
 
 
 def _no_code(architectures: str, major: int, minor: int) -> str | None:

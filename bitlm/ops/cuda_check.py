@@ -20,11 +20,17 @@ from .rounding import LEVELS
 # Rows, columns and group of a weight, and what it has: rows of whole 16 bytes with groups of 128,
 # the same with masks and one group a row, rows whose codes begin anywhere, the terms that have
 # kernels of their own, and experts.
-CASES = (((72, 512, 128), ("signs",)), ((48, 384, 384), ("signs", "mask", "shift")),
-         ((40, 200, 40), ("trits",)), ((24, 128, 128), ("signs", "salient")),
-         ((24, 128, 128), ("signs", "ranked")),
-         ((72, 256, 128), ("signs", "mask", "experts", "input_scales", "low_rank")),
-         ((24, 128, 128), ("signs", "experts", "columns")), ((24, 128, 64), ("signs", "experts")))
+Case = tuple[tuple[int, int, int], tuple[str, ...]]
+CASES: tuple[Case, ...] = (
+    ((72, 512, 128), ("signs",)), ((48, 384, 384), ("signs", "mask", "shift")),
+    ((40, 200, 40), ("trits",)), ((24, 128, 128), ("signs", "salient")),
+    ((24, 128, 128), ("signs", "ranked")),
+    ((72, 256, 128), ("signs", "mask", "experts", "input_scales", "low_rank")),
+    ((24, 128, 128), ("signs", "experts", "columns")), ((24, 128, 64), ("signs", "experts")))
+# More than one block of rows, and more steps than a block has stages.
+WIDE_CASES: tuple[Case, ...] = (
+    ((264, 1024, 128), ("signs",)), ((264, 1024, 1024), ("signs", "mask", "shift")),
+    ((264, 1024, 64), ("signs", "second", "shift")), ((72, 128, 64), ("signs", "experts")))
 EXPERTS = 3
 BITS = Settings((1, 2, 4, 8), NEVER, NEVER, NEVER, few_tokens=NEVER)
 # Tokens, dtype, activation and settings: every way to multiply, and those of sm_90a alone.
@@ -36,8 +42,8 @@ WAYS += [(10, dtype, "float", Settings(many_tokens=1, dense_tokens=NEVER, many_t
          for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2)]
 WAYS += [(70, torch.float16, activation, Settings(few_tokens=1)) for activation in LEVELS]
 WIDE_WAYS: list[Way] = [
-    (10, dtype, "float", Settings(dense_tokens=NEVER, wide_tokens=1, wide_tiles=tiles))
-    for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2, 4)]
+    (tokens, dtype, "float", Settings(dense_tokens_wide=NEVER, wide_tokens=1, wide_tiles=tiles))
+    for tokens in (10, 300) for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2, 4)]
 # Of the size of the result; a kernel that is wrong is wrong by about all of it.
 TOLERANCE = 2e-2
 
@@ -46,14 +52,14 @@ Linear = Callable[[Tensor, list[Tensor], Form, Tensor | None, str, Settings], Te
 Dense = Callable[[list[Tensor], Form], Tensor]
 
 
-def disagreement(linear: Linear, dense: Dense, device: torch.device, ways: Sequence[Way] = WAYS
-                 ) -> str | None:
+def disagreement(linear: Linear, dense: Dense, device: torch.device, cases: Sequence[Case],
+                 ways: Sequence[Way]) -> str | None:
     """Return how kernels differ from the reference on a device, or None; waits for the device.
 
     Raises torch.OutOfMemoryError, which says nothing of the kernels.
     """
     random = torch.Generator().manual_seed(0)
-    for (rows, columns, group), names in CASES:
+    for (rows, columns, group), names in cases:
         form, tensors = _weight(rows, columns, group, names, random)
         there = [tensor.to(device) for tensor in tensors]
         case = f"{rows}x{columns} {'+'.join(names)}"
@@ -102,6 +108,8 @@ def _weight(rows: int, columns: int, group: int, names: tuple[str, ...], random:
         named["plane0.column_scales"] = scales(1, 2, columns)
     else:
         named["plane0.scales"] = scales(rows, groups)
+    if "second" in names:
+        named |= {"plane1.signs": codes(width), "plane1.scales": scales(rows, groups)}
     if "shift" in names:
         named["shift"] = scales(rows, groups)
     if "salient" in names:

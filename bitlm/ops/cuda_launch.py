@@ -41,8 +41,8 @@ _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _FLOAT, _INT16 = _NUMBERS["float"], _NUMBERS["int16"]
 WIDE_ARCHITECTURE = "90a"
 _LEVELS = {_NUMBERS[name] for name in LEVELS}
-# Why products of sm_90a are not used on a card that has them.
-wide_faults: dict[torch.device, str] = {}
+# Cards whose products of sm_90a were compared with the reference: see cuda.unfit.
+wide_cards: set[torch.device] = set()
 # Rows of inputs are filled up to whole blocks of tokens.
 _MOST_BLOCK_TOKENS = 8
 
@@ -270,7 +270,7 @@ def _work(x: Tensor, weight: Terms, activation: str, settings: Settings) -> str:
     form = weight.form
     if activation != "float" or x.dtype == torch.float32:
         return "bits"
-    wide = x.dtype in weight.wide and x.device not in wide_faults
+    wide = x.dtype in weight.wide and (x.device.type != "cuda" or x.device in wide_cards)
     return settings.work(len(x) // (form.experts or 1), weight.many, wide,
                          not form.experts and no_rows(form) is None)
 
@@ -285,10 +285,14 @@ def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor 
     y = (x.new_zeros if form.experts else x.new_empty)(len(x), form.rows)
     if not y.numel():
         return y
-    ordered = torch.empty_like(x)
-    _launch("bitlm_cuda_order_launch", Order(x.data_ptr(), ordered.data_ptr(), *x.shape, wide),
-            x.device)
-    launch = "bitlm_cuda_wide_launch" if wide else "bitlm_cuda_many_launch"
+    if wide:
+        launch, tiles = "bitlm_cuda_wide_launch", settings.tiles_wide
+        ordered = x if x.data_ptr() % 16 == 0 else x.clone()
+    else:
+        launch, tiles = "bitlm_cuda_many_launch", settings.tiles
+        ordered = torch.empty_like(x)
+        _launch("bitlm_cuda_order_launch", Order(x.data_ptr(), ordered.data_ptr(), *x.shape),
+                x.device)
     for part in weight.parts:
         product, = part.products
         own = None if bias is None else bias[..., part.first:part.first + part.rows].contiguous()
@@ -298,7 +302,7 @@ def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor 
             0 if offsets is None else offsets.data_ptr(), len(product.passes), part.rows,
             form.columns, form.group_size, len(x), y.shape[1], part.first, TYPES[x.dtype],
             0 if own is None else TYPES[own.dtype], form.experts,
-            settings.tiles(part.rows, len(x), _multiprocessors(x.device), wide)), x.device)
+            tiles(part.rows, len(x), _multiprocessors(x.device))), x.device)
     return y
 
 

@@ -33,7 +33,7 @@ class Product(Structure):
 
 
 class Order(Structure):
-    _fields_ = [*fields("x ordered", c_void_p), *fields("tokens columns wide reserved", c_int32)]
+    _fields_ = [*fields("x ordered", c_void_p), *fields("tokens columns", c_int32)]
 
 
 class Many(Structure):

@@ -18,6 +18,8 @@ MOST_STAGING_BYTES = 40 * 1024
 # The weight is made dense in pieces that stay in the L2 cache.
 DENSE_PIECE_BYTES = 32 * 1024 * 1024
 NEVER = 1 << 30  # tokens
+# What a tile costs in a block of so many: the more, the less of x is read and of codes expanded.
+WIDE_COSTS = {4: 1.0, 2: 1.05, 1: 1.15}
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class Settings:
     become floats in registers: less work by token than bits, more before the first one.
     wide_tokens: from so many on, the tensor cores of sm_90a multiply those; no other card has them.
     dense_tokens: from so many on, cuBLAS multiplies by a dense copy, piece by piece: making the
-    copy is little beside it. dense_tokens_alone: the same where there is no kernel for many tokens.
-    many_tiles, wide_tiles: a block makes 64 times so many rows, 1 or 2, of wide ones also 4; 0: the
-    most with which there are still blocks enough for the card. few_tokens: from so many of 1 and 2
-    bits on, a bit product takes 8 tokens at a time.
+    copy is little beside it. dense_tokens_alone, dense_tokens_wide: the same where there is no
+    kernel for many tokens, and where there is a wide one. many_tiles, wide_tiles: of 64 rows and
+    128 tokens, that a block makes, 1 or 2, of wide ones also 4; 0: what suits the card. few_tokens:
+    from so many of 1 and 2 bits on, a bit product takes 8 tokens at a time.
     """
 
     block_tokens: tuple[int, int, int, int] = (1, 2, 4, 8)
@@ -43,6 +45,7 @@ class Settings:
     few_tokens: int = 16
     wide_tokens: int = NEVER
     wide_tiles: int = 0
+    dense_tokens_wide: int = 1024
 
     def block(self, tokens: int) -> int:
         """Return how many of `tokens` tokens a block of a bit product takes."""
@@ -53,17 +56,26 @@ class Settings:
 
         many, wide, dense: whether there are kernels for it.
         """
-        if dense and tokens >= (self.dense_tokens if many else self.dense_tokens_alone):
+        wide = wide and self.wide_tokens < NEVER
+        limit = self.dense_tokens if many else self.dense_tokens_alone
+        if dense and tokens >= (self.dense_tokens_wide if wide else limit):
             return "dense"
         if wide and tokens >= self.wide_tokens:
             return "wide"
         return "many" if many and tokens >= self.many_tokens else "bits"
 
-    def tiles(self, rows: int, tokens: int, multiprocessors: int, wide: bool) -> int:
-        """Return the tiles of a product of many tokens: see many_tiles and wide_tiles."""
-        chosen = self.wide_tiles if wide else self.many_tiles
-        return chosen or next((tiles for tiles in ((4, 2) if wide else (2,)) if
-                               -(-rows // (64 * tiles)) * -(-tokens // 128) >= multiprocessors), 1)
+    def tiles(self, rows: int, tokens: int, multiprocessors: int) -> int:
+        """Return the tiles of a product of many tokens: see many_tiles."""
+        enough = -(-rows // 128) * -(-tokens // 128) >= multiprocessors
+        return self.many_tiles or 1 + enough
+
+    def tiles_wide(self, rows: int, tokens: int, multiprocessors: int) -> int:
+        """Return the tiles of a wide product: see wide_tiles."""
+        def cost(tiles: int) -> float:
+            blocks = -(-rows // min(64 * tiles, 128)) * -(-tokens // max(64 * tiles, 128))
+            return -(-blocks // multiprocessors) * tiles * WIDE_COSTS[tiles]
+
+        return self.wide_tiles or min(WIDE_COSTS, key=cost)
 
 
 DEFAULT = Settings()

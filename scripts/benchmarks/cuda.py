@@ -113,7 +113,7 @@ NEVER = cuda_table.NEVER
 # Settings that make a product in one way, and the batches at which ways are compared.
 WAYS = {"bits": cuda_table.Settings((1, 2, 4, 8), NEVER, NEVER, NEVER, few_tokens=NEVER),
         "many": cuda_table.Settings(many_tokens=1, dense_tokens=NEVER),
-        "wide": cuda_table.Settings(dense_tokens=NEVER, wide_tokens=1),
+        "wide": cuda_table.Settings(dense_tokens_wide=NEVER, wide_tokens=1),
         "dense": cuda_table.Settings(dense_tokens=1)}
 BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 
@@ -127,17 +127,19 @@ def tune(rounds: int) -> str:
                  for own in (1, 2, 4, 8)}
         blocks.append(min(times, key=times.get))
         lines.append(f"{tokens} tokens, by tokens of a block: {_shown(times)}")
-    best = dict.fromkeys(("many", "wide", "dense", "alone"), NEVER)
+    best = dict.fromkeys(("many", "wide", "dense", "beside wide", "alone"), NEVER)
     winning = set(best)  # at this batch and all larger ones
-    capability = torch.cuda.get_device_capability()
+    card = torch.device("cuda", torch.cuda.current_device())
     ways = {name: replace(own, block_tokens=tuple(blocks)) for name, own in WAYS.items()
-            if name != "wide" or cuda_launch.has_wide(capability)}
+            if name != "wide" or card in cuda_launch.wide_cards}
     for tokens in reversed(BATCHES):
         layer = Layer(Work("tune", 4096, 4096, tokens))
         times = {name: _median(layer, rounds, own) for name, own in ways.items()}
-        codes = min(us for name, us in times.items() if name != "dense")
+        codes = min(times["many"], times["bits"])
+        wide = times.get("wide", float("inf"))
         wins = {"many": times["many"] < times["bits"], "alone": times["dense"] < times["bits"],
-                "wide": times.get("wide") == codes, "dense": times["dense"] < codes}
+                "dense": times["dense"] < codes, "wide": wide < codes,
+                "beside wide": times["dense"] < min(codes, wide)}
         winning &= {name for name, won in wins.items() if won}
         best |= dict.fromkeys(winning, tokens)
         lines.append(f"{tokens} tokens: {_shown(times)}")
@@ -154,8 +156,9 @@ def tune(rounds: int) -> str:
             break
         few = tokens
     own = cuda_table.Settings(tuple(blocks), best["many"], best["dense"], best["alone"],
-                              few_tokens=few, wide_tokens=best["wide"])
-    cuda_table.write(capability, own)
+                              few_tokens=few, wide_tokens=best["wide"],
+                              dense_tokens_wide=best["beside wide"])
+    cuda_table.write(torch.cuda.get_device_capability(), own)
     return "\n".join([*lines, f"{cuda_table.TABLE.name}: {own}"])
 
 

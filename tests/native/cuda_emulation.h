@@ -98,21 +98,31 @@ struct Copy {
 // it is waited for; `end` ends a group.
 struct Started {
   float* sums;
+  int count;
   float a[2][16];
   const char* x;
   bool half, add, end;
+};
+
+// A box that lands when it is waited for.
+struct Box {
+  char* to;
+  const void* map;
+  int column, token;
+  uint64_t* landing;
 };
 
 struct Machine {
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<Fiber> fibers;
   Meeting warp[most_threads / lanes], block;
+  std::vector<Box> boxes;
   std::vector<char> shared;
   jmp_buf scheduler;
   ucontext_t back;
   std::function<void()> body;
   int threads = 0, current = 0;
-  bool progress = false, backwards = false;
+  bool progress = false, backwards = false, late_products = true;
 };
 
 inline Machine& machine() {
@@ -174,6 +184,7 @@ inline void run_block(int threads) {
     m.stacks.emplace_back(new char[stack_bytes]);
   }
   m.block = Meeting();
+  m.boxes.clear();
   for (Meeting& meeting : m.warp) meeting = Meeting();
   for (int i = 0; i < threads; i++) {
     Fiber& fiber = m.fibers[i];
@@ -200,14 +211,22 @@ constexpr size_t guard_bytes = 1024;
 
 }  // namespace emulation
 
-// The order in which threads of a block run between meetings: a missing barrier shows in one of them.
+// 1: threads of a block run in the backward order between meetings, and what goes on by itself, copies
+// and products of sm_90a, is done at once instead of at the last moment; 2: but not the products. A
+// missing barrier or wait shows in one of them.
 extern "C" __attribute__((used, visibility("default"))) inline void bitlm_cuda_emulate_backwards(
-    int yes) {
-  emulation::machine().backwards = yes;
+    int how) {
+  emulation::machine().backwards = how != 0;
+  emulation::machine().late_products = how != 1;
 }
 
 inline void __syncthreads() {
   emulation::meet(emulation::machine().block, emulation::machine().threads, 1);
+}
+
+inline void __syncwarp() {
+  uint32_t nothing = 0;
+  emulation::exchange(5, &nothing, 1);
 }
 
 inline uint32_t shuffled(uint32_t value, int mask) {
@@ -338,57 +357,59 @@ void await_copies() {
   copies.erase(copies.begin(), copies.begin() + static_cast<long>(done));
 }
 
-// ---- As PTX defines wgmma.m64n128k16: see cuda_wgmma.h --------------------------------------------
+// ---- sm_90a: see cuda_sm90a.h --------------------------------------------------------------------
 
 inline float short_float(uint32_t pair, int half, bool is_half) {
   uint16_t bits = static_cast<uint16_t>(pair >> 16 * half);
   return is_half ? half_to_float(bits) : float_of(static_cast<uint32_t>(bits) << 16);
 }
 
-// Byte `byte` of row `row` of a matrix in swizzled rows that begins at x: the bits of its address
-// that count the 16-byte pieces are exchanged by those that count the rows.
-inline const char* unswizzled(const char* x, int row, int byte) {
-  uintptr_t at = reinterpret_cast<uintptr_t>(x) + static_cast<uintptr_t>(row * 128 + byte);
-  return reinterpret_cast<const char*>(at ^ (at >> 7 & 7) << 4);
+// Byte `byte` of row `row` of a box: the bits of its address that count the 16-byte pieces are
+// exchanged by those that count the rows.
+inline char* in_box(const char* box, int row, int byte) {
+  uintptr_t at = reinterpret_cast<uintptr_t>(box) + static_cast<uintptr_t>(row * 128 + byte);
+  return reinterpret_cast<char*>(at ^ (at >> 7 & 7) << 4);
 }
 
 inline void finish(const emulation::Started& own) {
   int t = threadIdx.x % 4;
-  for (int i = 0; i < 64; i++) {
+  for (int i = 0; i < own.count; i++) {
     int token = i / 4 * 8 + 2 * t + i % 2, row = i % 4 / 2;
     float sum = 0.0f;
     for (int k = 0; k < 16; k++) {
       uint16_t bits;
-      memcpy(&bits, unswizzled(own.x, token, 2 * k), sizeof bits);
+      memcpy(&bits, in_box(own.x, token, 2 * k), sizeof bits);
       sum += own.a[row][k] * short_float(bits, 0, own.half);
     }
     own.sums[i] = own.add ? own.sums[i] + sum : sum;
   }
 }
 
-template <int TYPE>
-void start_product(float (&sums)[64], const uint32_t (&a)[4], const char* x, bool add) {
+// As PTX defines wgmma.m64nNk16 with a in registers.
+template <int TOKENS, int TYPE>
+void start_product(float (&sums)[TOKENS / 2], const uint32_t (&a)[4], const char* x, bool add) {
   using namespace emulation;
   Machine& m = machine();
   const uint32_t(*all)[most_words] = exchange(4, a, 4);
   int g = threadIdx.x % 32 / 4;
-  Started own = {sums, {}, x, TYPE == BITLM_FLOAT16, add, false};
+  Started own = {sums, TOKENS / 2, {}, x, TYPE == BITLM_FLOAT16, add, false};
   for (int i = 0; i < 2; i++) {
     for (int k = 0; k < 16; k++) {
       own.a[i][k] = short_float(all[4 * g + k % 8 / 2][2 * (k / 8) + i], k % 2, own.half);
     }
   }
   m.fibers[m.current].products.push_back(own);
-  if (m.backwards) finish(own);
+  if (!m.late_products) finish(own);
 }
 
 inline void ready_products() {}
-inline void show_products() {}
-inline void settle(float (&)[64]) {}
+
+template <int COUNT>
+void settle(float (&)[COUNT]) {}
 
 inline void commit_products() {
   emulation::Machine& m = emulation::machine();
-  m.fibers[m.current].products.push_back({nullptr, {}, nullptr, false, false, true});
+  m.fibers[m.current].products.push_back({nullptr, 0, {}, nullptr, false, false, true});
 }
 
 template <int GROUPS>
@@ -401,20 +422,79 @@ void await_products() {
   for (; open > GROUPS; done++) {
     if (products[done].end) {
       open--;
-    } else if (!m.backwards) {
+    } else if (m.late_products) {
       finish(products[done]);
     }
   }
   products.erase(products.begin(), products.begin() + static_cast<long>(done));
 }
 
+// As PTX defines prmt with signs.
 template <int BYTE>
-uint32_t spread_signs(uint32_t bits) {
-  uint32_t spread = 0;
-  for (int i = 0; i < 2; i++) {
-    if (bits >> (8 * (BYTE + i) + 7) & 1) spread |= 0xffffu << 16 * i;
+uint32_t spread_signs(uint32_t low, uint32_t high) {
+  uint32_t sign = 1u << (8 * BYTE + 7);
+  return (low & sign ? 0xffffu : 0) | (high & sign ? 0xffff0000u : 0);
+}
+
+struct TokenMap {
+  const uint16_t* x;
+  int tokens, columns, box_tokens;
+};
+
+inline int map_tokens(TokenMap* to, const void* x, int, int tokens, int columns, int box_tokens) {
+  if (reinterpret_cast<uintptr_t>(x) % 16 || columns % 8 || box_tokens > 256) {
+    return cudaErrorInvalidValue;
   }
-  return spread;
+  *to = {static_cast<const uint16_t*>(x), tokens, columns, box_tokens};
+  return cudaSuccess;
+}
+
+// A landing counts the turns that are over.
+inline void prepare_landing(uint64_t* landing) { *landing = 0; }
+
+inline void land(const emulation::Box& box) {
+  const TokenMap& map = *static_cast<const TokenMap*>(box.map);
+  for (int row = 0; row < map.box_tokens; row++) {
+    for (int column = 0; column < 64; column++) {
+      int token = box.token + row;
+      uint16_t bits = 0;
+      if (token < map.tokens && box.column + column < map.columns) {
+        bits = map.x[static_cast<int64_t>(token) * map.columns + box.column + column];
+      }
+      memcpy(in_box(box.to, row, 2 * column), &bits, sizeof bits);
+    }
+  }
+  ++*box.landing;
+}
+
+inline void start_copy(char* to, const TokenMap& from, int column, int token, uint64_t* landing,
+                       int bytes) {
+  emulation::Machine& m = emulation::machine();
+  if (reinterpret_cast<uintptr_t>(to) % 1024 || bytes != from.box_tokens * 128) {
+    emulation::fault("a box that cannot be copied");
+  }
+  emulation::Box box = {to, &from, column, token, landing};
+  if (m.backwards) {
+    land(box);
+  } else {
+    m.boxes.push_back(box);
+  }
+}
+
+inline bool await_landing(uint64_t* landing, int parity) {
+  emulation::Machine& m = emulation::machine();
+  while (static_cast<int>(*landing & 1) == parity) {
+    size_t i = 0;
+    while (i < m.boxes.size() && m.boxes[i].landing != landing) i++;
+    if (i == m.boxes.size()) {
+      emulation::yield();  // nobody has started it yet
+    } else {
+      emulation::Box box = m.boxes[i];
+      m.boxes.erase(m.boxes.begin() + static_cast<long>(i));
+      land(box);
+    }
+  }
+  return true;
 }
 
 template <class Call>

@@ -187,8 +187,9 @@ def test_many_tokens(rows, columns, group, kinds, tiles, kernels, monkeypatch):
 def test_many_tokens_of_sm_90a(rows, columns, group, kinds, shift, tiles, kernels, monkeypatch):
     names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1, wide_tiles=tiles))
     form, tensors = random_weight(rows, columns, group, kinds, shift=shift)
-    for turn, (dtype, tokens) in enumerate(((torch.float16, 3), (torch.bfloat16, 131))):
-        kernels.bitlm_cuda_emulate_backwards((turn + tiles) % 2)
+    for turn, (dtype, tokens) in enumerate(((torch.float16, 3), (torch.bfloat16, 265),
+                                            (torch.float16, 40))):
+        kernels.bitlm_cuda_emulate_backwards(turn)
         x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(rows)
         y = native(x, tensors, form, bias)
         # Weights are rounded as those of a dense layer, sums are not before the result.
@@ -198,13 +199,22 @@ def test_many_tokens_of_sm_90a(rows, columns, group, kinds, shift, tiles, kernel
         noise = 1e-5 * exact.norm(dim=-1, keepdim=True) / rows ** 0.5
         assert y.dtype == dtype
         assert ((y.double() - exact).abs() <= exact.abs() * rounding + noise).all()
-    assert names == {"bitlm_cuda_order_launch", "bitlm_cuda_wide_launch"}
+    assert names == {"bitlm_cuda_wide_launch"}
+
+
+def test_tokens_anywhere_in_memory(monkeypatch):
+    names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1))
+    form, tensors = random_weight(20, 64, 64, ("binary",))
+    x = torch.randn(5 * 64 + 1).bfloat16()[1:].view(5, 64)
+    assert x.data_ptr() % 16
+    y = native(x, tensors, form)
+    assert names == {"bitlm_cuda_wide_launch"} and torch.equal(y, native(x.clone(), tensors, form))
 
 
 def test_many_tokens_of_sm_90a_in_the_order_of_blocks(monkeypatch):
     # More slices of tokens than a chunk has, and several blocks of rows.
     names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1, dense_tokens=1 << 30,
-                                                       wide_tiles=1))
+                                                       dense_tokens_wide=1 << 30, wide_tiles=1))
     form, tensors = random_weight(130, 64, 64, ("binary",))
     x = torch.randn(17 * 128 + 5, 64).half()
     y = native(x, tensors, form)
@@ -244,14 +254,23 @@ def test_what_sm_90a_has_no_product_for(monkeypatch):
 
 def test_wrong_products_of_sm_90a_are_left_out(monkeypatch):
     names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1, many_tokens=1))
+    # As on a card, with weights that an emulation has time for.
     device = torch.device("cpu")
-    assert cuda.disagreement(device, cuda_check.WIDE_WAYS) is None
+    cases = tuple(((rows // 4, columns // 4, min(group, columns // 4)), names)
+                  for (rows, columns, group), names in cuda_check.WIDE_CASES)
+    monkeypatch.setattr(cuda_check, "WIDE_CASES", cases)
+    monkeypatch.setattr(cuda_launch, "wide_cards", set())
+    monkeypatch.setattr(cuda, "_not_used", {})
+    cuda._try_wide(device)
     assert "bitlm_cuda_wide_launch" in names
-    monkeypatch.setattr(cuda_launch, "wide_faults", {device: "wrong"})
-    names.clear()
-    form, tensors = random_weight(20, 128, 64, ("binary",))
-    native(torch.randn(5, 128).half(), tensors, form)
-    assert "bitlm_cuda_wide_launch" not in names
+    assert cuda_launch.wide_cards == {device} and cuda.not_used(device) is None
+    product = cuda_launch.linear
+    monkeypatch.setattr(cuda_launch, "linear", lambda *args: product(*args) * 1.05)
+    cuda._try_wide(device)
+    assert not cuda_launch.wide_cards and "than the reference" in cuda.not_used(device)
+    monkeypatch.setenv("BITLM_WGMMA", "0")
+    cuda._try_wide(device)
+    assert not cuda_launch.wide_cards and cuda.not_used(device) == "BITLM_WGMMA=0"
 
 
 @pytest.mark.parametrize("activation", ("int2", "uint2", "int1", "uint1"))
@@ -342,20 +361,22 @@ def test_infinities_and_nan_in_many_tokens(monkeypatch):
 
 def test_which_work_tokens_are():
     own = cuda_table.Settings((1, 2, 8, 4), many_tokens=10, dense_tokens=100, dense_tokens_alone=50,
-                              wide_tokens=20)
+                              wide_tokens=20, dense_tokens_wide=200)
     assert [own.block(tokens) for tokens in (1, 2, 3, 4, 5, 99)] == [1, 2, 8, 8, 4, 4]
     assert [own.work(n, True, False, True) for n in (9, 10, 20, 100)] == \
         ["bits", "many", "many", "dense"]
-    assert [own.work(n, True, True, True) for n in (9, 10, 20, 100)] == \
-        ["bits", "many", "wide", "dense"]
+    assert [own.work(n, True, True, True) for n in (9, 10, 20, 199, 200)] == \
+        ["bits", "many", "wide", "wide", "dense"]
+    assert cuda_table.Settings(dense_tokens=100).work(100, True, True, True) == "dense"
     assert [own.work(n, True, True, False) for n in (9, 10, 100)] == ["bits", "many", "wide"]
     assert [own.work(n, False, False, True) for n in (49, 50)] == ["bits", "dense"]
     assert own.work(100, False, False, False) == "bits"
-    assert [own.tiles(256, 128, blocks, False) for blocks in (2, 3)] == [2, 1]
-    assert [own.tiles(256, 256, blocks, True) for blocks in (2, 3, 4, 5, 8, 9)] == \
-        [4, 2, 2, 1, 1, 1]
-    assert cuda_table.Settings(many_tiles=1).tiles(4096, 4096, 1, False) == 1
-    assert cuda_table.Settings(wide_tiles=2).tiles(4096, 4096, 1, True) == 2
+    assert [own.tiles(256, 128, blocks) for blocks in (2, 3)] == [2, 1]
+    assert cuda_table.Settings(many_tiles=1).tiles(4096, 4096, 1) == 1
+    assert [own.tiles_wide(4096, tokens, 132) for tokens in (96, 256, 512, 1024, 8192)] == \
+        [1, 1, 2, 4, 4]
+    assert own.tiles_wide(14336, 2048, 132) == 4
+    assert cuda_table.Settings(wide_tiles=2).tiles_wide(4096, 4096, 1) == 2
     assert cuda_table.DEFAULTS["9.0"].wide_tokens < cuda_table.NEVER
 
 

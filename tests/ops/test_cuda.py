@@ -106,7 +106,8 @@ def test_products_of_sm_90a(tiles: int, monkeypatch):
         pytest.skip("this card, or this library, has no products of sm_90a")
     card = torch.device(GPU, torch.cuda.current_device())
     assert cuda.unfit(card) is None and cuda.not_used(card) is None
-    settings = cuda_table.Settings(wide_tokens=1, wide_tiles=tiles, dense_tokens=cuda_table.NEVER)
+    settings = cuda_table.Settings(wide_tokens=1, wide_tiles=tiles,
+                                   dense_tokens_wide=cuda_table.NEVER)
     monkeypatch.setattr(cuda_launch, "settings_of", lambda device: settings)
     for rows, columns, group, kinds, shift in (
             (4096, 4096, 128, ("binary",), False), (1000, 4096, None, ("ternary",), True),
