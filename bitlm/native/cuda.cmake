@@ -27,7 +27,7 @@ if(failed)
   return()
 endif()
 
-# Products of 128 tokens are for sm_90a alone, beside whatever the rest is built for.
+# Wide products are for sm_90a alone, beside whatever the rest is built for.
 set(wide_architectures ${architectures})
 if("90" IN_LIST BITLM_CUDA_ARCHITECTURES OR "90a" IN_LIST BITLM_CUDA_ARCHITECTURES)
   execute_process(
@@ -48,8 +48,9 @@ endif()
 add_library(bitlm_cuda_wide OBJECT cuda_wide.cu)
 
 add_library(bitlm_cuda SHARED
-  $<TARGET_OBJECTS:bitlm_cuda_wide> cuda_about.cu cuda_combine.cu cuda_few.cu cuda_many.cu cuda_product.cu cuda_product_1.cu cuda_product_2.cu
-  cuda_product_3.cu cuda_rows.cu cuda_salient.cu cuda_stage.cu)
+  $<TARGET_OBJECTS:bitlm_cuda_wide>
+  cuda_about.cu cuda_combine.cu cuda_few.cu cuda_many.cu cuda_product.cu cuda_product_1.cu
+  cuda_product_2.cu cuda_product_3.cu cuda_rows.cu cuda_salient.cu cuda_stage.cu)
 foreach(target bitlm_cuda bitlm_cuda_wide)
   set_target_properties(${target} PROPERTIES
     CUDA_STANDARD 17

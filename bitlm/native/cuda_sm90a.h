@@ -107,7 +107,8 @@ struct TokenMap {
   CUtensorMap map;
 };
 
-// x: [tokens][columns], at a multiple of 16 bytes. box_tokens: rows of a box, up to 256.
+// x: [tokens][columns], at a multiple of 16 bytes. box_tokens: rows of a box, up to 256. The driver's
+// errors have the runtime's numbers.
 inline int map_tokens(TokenMap* to, const void* x, int type, int tokens, int columns, int box_tokens) {
   static const auto encode = [] {
     void* found = nullptr;
@@ -121,6 +122,11 @@ inline int map_tokens(TokenMap* to, const void* x, int type, int tokens, int col
                ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found) : nullptr;
   }();
   if (!encode) return cudaErrorNotSupported;
+  // The driver wants a context, which a thread has from the runtime only after it was asked for one.
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
   cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(tokens)};
   cuuint64_t strides[1] = {sizes[0] * 2};
   cuuint32_t box[2] = {box_columns, static_cast<cuuint32_t>(box_tokens)}, steps[2] = {1, 1};
@@ -130,7 +136,7 @@ inline int map_tokens(TokenMap* to, const void* x, int type, int tokens, int col
       2, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<int>(result);
 }
 
 // What tells that a copy has landed, in shared memory: one copy a turn, turns have parity 0, 1, 0, ...
@@ -155,19 +161,23 @@ BITLM_DEVICE void start_copy(char* to, const TokenMap& from, int column, int tok
       : "memory");
 }
 
-// Waits for the copy of a turn. Returns false instead of waiting for ever: seconds after all copies of a
-// working card have landed.
+// Waits for the copy of a turn. Returns false after seconds, for what a card that does not work would
+// make of it: a wrong result that is noticed, not a process that never ends.
 BITLM_DEVICE bool await_landing(uint64_t* landing, int parity) {
-  uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(landing));
-  for (int tries = 0; tries < 1 << 22; tries++) {
-    uint32_t there;
+  constexpr uint64_t patience = 10ull * 1000 * 1000 * 1000;  // ns
+  uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(landing)), there = 0;
+  uint64_t begun = 0;
+  for (int tries = 0;; tries++) {
     asm volatile("{\n.reg .pred there;\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 there, [%1], %2;\n"
                  "selp.u32 %0, 1, 0, there;\n}"
                  : "=r"(there) : "r"(at), "r"(parity) : "memory");
     if (there) return true;
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (!tries) begun = now;
+    if (now - begun > patience) return false;
   }
-  return false;
 }
 
 #endif

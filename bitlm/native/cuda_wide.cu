@@ -1,4 +1,12 @@
 // Starting products of many tokens on sm_90a.
+#include "cuda_device.h"
+
+#if defined(__CUDACC__) && !defined(BITLM_CUDA_90A)  // not built for it: see cuda.cmake
+
+int bitlm_cuda_wide_launch(const bitlm_cuda_many*, void*) { return cudaErrorNotSupported; }
+
+#else
+
 #include "cuda_wide.h"
 
 namespace bitlm {
@@ -8,10 +16,8 @@ namespace {
 template <class Shape, int TYPE, int BLOCKS>
 __global__ void __launch_bounds__(Shape::threads, BLOCKS)
     wide_kernel(const __grid_constant__ WideCall call) {
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ uint64_t landings[Shape::stages];
   wide_block<Shape, TYPE>(call, landings);
-#endif
 }
 
 template <int GROUPS, int TOKENS, int BITS, int BLOCKS>
@@ -45,9 +51,6 @@ int start_wide(const bitlm_cuda_many& call, void* stream) {
 
 int bitlm_cuda_wide_launch(const bitlm_cuda_many* call, void* stream) {
   using namespace bitlm;
-#if defined(__CUDACC__) && !defined(BITLM_CUDA_90A)  // then the kernels are empty
-  return cudaErrorNotSupported;
-#endif
   bool grouped = call->group_size >= call->columns || call->group_size % step_columns == 0;
   int bits = 0;
   for (int i = 0; i < call->count && i < BITLM_CUDA_MANY_PASSES; i++) {
@@ -63,3 +66,5 @@ int bitlm_cuda_wide_launch(const bitlm_cuda_many* call, void* stream) {
     default: return cudaErrorInvalidValue;
   }
 }
+
+#endif

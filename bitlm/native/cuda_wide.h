@@ -306,7 +306,7 @@ BITLM_DEVICE void wide_block(const WideCall& whole, uint64_t* landings) {
   int group_steps = ceil_div(smaller(call.group_size, call.columns), step_columns);
   for (int step = 0, stage = 0, parity = 0; step < steps; step++) {
     await_copies<Shape::ahead - 1>();
-    landed &= await_landing(landings + stage, parity);
+    landed = landed && await_landing(landings + stage, parity);
     __syncthreads();  // all copies of this step are there, and see Wide::ahead
     int next = step + Shape::ahead, next_stage = stage + Shape::ahead;
     if (next_stage >= Shape::stages) next_stage -= Shape::stages;

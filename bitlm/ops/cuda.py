@@ -7,6 +7,7 @@ CUDA graph once the weight has been used (cuda_terms.py looks at the tensors at 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,7 @@ from .structs import TYPES
 _fitness: dict[torch.device, str | None] = {}
 # Why a card that has products of sm_90a does not use them.
 _not_used: dict[torch.device, str] = {}
+_checking = threading.Lock()
 # Why calls went to the reference, and how often: what `bitlm doctor` and tests ask for.
 handed_back: dict[str, int] = {}
 
@@ -128,32 +130,29 @@ def unfit(device: torch.device) -> str | None:
     """Return why a card cannot run the kernels, or None. The first call on a card waits for it."""
     if device.type != "cuda":
         return None
-    if device not in _fitness and torch.cuda.is_current_stream_capturing():
+    if device in _fitness:
+        return _fitness[device]
+    if torch.cuda.is_current_stream_capturing():
         return None  # nothing may wait here: it is the next call that tells
-    if device not in _fitness:
-        major, minor = torch.cuda.get_device_capability(device)
-        named = native.load("bitlm_cuda").library.bitlm_cuda_architectures().decode()
-        unfit = _no_code(named, major, minor) or disagreement(device)
-        if not unfit and cuda_launch.has_wide((major, minor)):
-            _try_wide(device)
-        _fitness[device] = unfit
+    with _checking:
+        if device not in _fitness:
+            major, minor = torch.cuda.get_device_capability(device)
+            named = native.load("bitlm_cuda").library.bitlm_cuda_architectures().decode()
+            unfit = _no_code(named, major, minor) or disagreement(device)
+            if not unfit and cuda_launch.has_wide((major, minor)):
+                _try_wide(device)
+            _fitness[device] = unfit
     return _fitness[device]
 
 
 def _try_wide(device: torch.device) -> None:
     """Let a card use its products of sm_90a if they are right; the others do its work if not."""
-    if os.environ.get("BITLM_WGMMA") == "0":
-        _not_used[device] = "BITLM_WGMMA=0"
-        return
-    cuda_launch.wide_cards.add(device)
-    try:
-        fault = disagreement(device, cuda_check.WIDE_CASES, cuda_check.WIDE_WAYS)
-    except BaseException:
-        cuda_launch.wide_cards.discard(device)
-        raise
+    asked_not = "BITLM_WGMMA=0" if os.environ.get("BITLM_WGMMA") == "0" else None
+    fault = asked_not or disagreement(device, cuda_check.WIDE_CASES, cuda_check.WIDE_WAYS)
     if fault:
-        cuda_launch.wide_cards.discard(device)
         _not_used[device] = fault
+    else:
+        cuda_launch.wide_cards.add(device)
 
 
 def disagreement(device: torch.device, cases: Sequence[cuda_check.Case] = cuda_check.CASES,

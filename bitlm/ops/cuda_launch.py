@@ -57,12 +57,14 @@ def linear(x: Tensor, tensors: list[Tensor], form: Form, bias: Tensor | None,
            settings: Settings | None = None) -> Tensor:
     """Return the product [tokens, N] of x [tokens, K] by the kernels, on the current device.
 
-    offsets, step: moved to it. settings: None for what suits the card.
+    offsets, step: moved to it. settings: None for what suits the card and was compared with the
+    reference there.
     Raises RuntimeError for a bias or offsets of another shape, and with the name of a CUDA error.
     """
     weight = terms(form.text, tensors)
+    trusted = settings is not None or x.device.type != "cuda" or x.device in wide_cards
     settings = settings or settings_of(x.device)
-    work = _work(x, weight, activation, settings)
+    work = _work(x, weight, activation, settings, trusted)
     if work == "dense":
         return _dense_linear(x, weight, _bias(bias, form))
     if work in ("many", "wide"):
@@ -265,13 +267,13 @@ class _Call:
         return staged
 
 
-def _work(x: Tensor, weight: Terms, activation: str, settings: Settings) -> str:
-    """Return how a product is made: see cuda_table.Settings."""
+def _work(x: Tensor, weight: Terms, activation: str, settings: Settings, trusted: bool) -> str:
+    """Return how a product is made: see cuda_table.Settings. trusted: wide products are."""
     form = weight.form
     if activation != "float" or x.dtype == torch.float32:
         return "bits"
-    wide = x.dtype in weight.wide and (x.device.type != "cuda" or x.device in wide_cards)
-    return settings.work(len(x) // (form.experts or 1), weight.many, wide,
+    return settings.work(len(x) // (form.experts or 1), weight.many,
+                         trusted and x.dtype in weight.wide,
                          not form.experts and no_rows(form) is None)
 
 
@@ -293,6 +295,7 @@ def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor 
         ordered = torch.empty_like(x)
         _launch("bitlm_cuda_order_launch", Order(x.data_ptr(), ordered.data_ptr(), *x.shape),
                 x.device)
+    experts = form.experts or 1
     for part in weight.parts:
         product, = part.products
         own = None if bias is None else bias[..., part.first:part.first + part.rows].contiguous()
@@ -302,7 +305,7 @@ def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor 
             0 if offsets is None else offsets.data_ptr(), len(product.passes), part.rows,
             form.columns, form.group_size, len(x), y.shape[1], part.first, TYPES[x.dtype],
             0 if own is None else TYPES[own.dtype], form.experts,
-            tiles(part.rows, len(x), _multiprocessors(x.device))), x.device)
+            tiles(part.rows, -(-len(x) // experts), _multiprocessors(x.device), experts)), x.device)
     return y
 
 

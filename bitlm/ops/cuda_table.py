@@ -64,15 +64,16 @@ class Settings:
             return "wide"
         return "many" if many and tokens >= self.many_tokens else "bits"
 
-    def tiles(self, rows: int, tokens: int, multiprocessors: int) -> int:
-        """Return the tiles of a product of many tokens: see many_tiles."""
-        enough = -(-rows // 128) * -(-tokens // 128) >= multiprocessors
+    def tiles(self, rows: int, tokens: int, multiprocessors: int, experts: int = 1) -> int:
+        """Return the tiles of a product of many tokens (of each expert): see many_tiles."""
+        enough = experts * -(-rows // 128) * -(-tokens // 128) >= multiprocessors
         return self.many_tiles or 1 + enough
 
-    def tiles_wide(self, rows: int, tokens: int, multiprocessors: int) -> int:
+    def tiles_wide(self, rows: int, tokens: int, multiprocessors: int, experts: int = 1) -> int:
         """Return the tiles of a wide product: see wide_tiles."""
         def cost(tiles: int) -> float:
-            blocks = -(-rows // min(64 * tiles, 128)) * -(-tokens // max(64 * tiles, 128))
+            high, wide = min(64 * tiles, 128), max(64 * tiles, 128)
+            blocks = experts * -(-rows // high) * -(-tokens // wide)
             return -(-blocks // multiprocessors) * tiles * WIDE_COSTS[tiles]
 
         return self.wide_tiles or min(WIDE_COSTS, key=cost)

@@ -502,8 +502,8 @@ int launch(void (*kernel)(Call), const Call& call, dim3 blocks, int threads, int
            void*, int most_shared_bytes = 48 * 1024) {
   using namespace emulation;
   if (!blocks.x || !blocks.y || !blocks.z) return cudaSuccess;
-  if (threads > most_threads || threads % lanes || most_shared_bytes > most_shared || shared_bytes > most_shared_bytes ||
-      blocks.y > 65535 || blocks.z > 65535) {
+  if (threads > most_threads || threads % lanes || most_shared_bytes > most_shared ||
+      shared_bytes > most_shared_bytes || blocks.y > 65535 || blocks.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
   Machine& m = machine();

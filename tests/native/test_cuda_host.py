@@ -183,7 +183,8 @@ def test_many_tokens(rows, columns, group, kinds, tiles, kernels, monkeypatch):
 @pytest.mark.parametrize("rows, columns, group, kinds, shift", [
     (37, 64, None, ("binary",), False), (150, 640, 128, ("binary",), True),
     (300, 448, 64, ("ternary",), False), (70, 512, None, ("ternary",), True),
-    (65, 384, 128, ("binary", "binary"), False), (40, 576, 192, ("binary", "binary"), True)])
+    (65, 384, 128, ("binary", "binary"), False), (20, 1344, 64, ("binary",), False),
+    (40, 576, 192, ("binary", "binary"), True)])
 def test_many_tokens_of_sm_90a(rows, columns, group, kinds, shift, tiles, kernels, monkeypatch):
     names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1, wide_tiles=tiles))
     form, tensors = random_weight(rows, columns, group, kinds, shift=shift)
@@ -264,6 +265,7 @@ def test_wrong_products_of_sm_90a_are_left_out(monkeypatch):
     cuda._try_wide(device)
     assert "bitlm_cuda_wide_launch" in names
     assert cuda_launch.wide_cards == {device} and cuda.not_used(device) is None
+    cuda_launch.wide_cards.clear()
     product = cuda_launch.linear
     monkeypatch.setattr(cuda_launch, "linear", lambda *args: product(*args) * 1.05)
     cuda._try_wide(device)
@@ -376,6 +378,8 @@ def test_which_work_tokens_are():
     assert [own.tiles_wide(4096, tokens, 132) for tokens in (96, 256, 512, 1024, 8192)] == \
         [1, 1, 2, 4, 4]
     assert own.tiles_wide(14336, 2048, 132) == 4
+    assert own.tiles_wide(1536, 100, 132, 128) == 2  # of experts, whose tokens fill no more
+    assert [own.tiles(256, 128, 4, experts) for experts in (1, 2)] == [1, 2]
     assert cuda_table.Settings(wide_tiles=2).tiles_wide(4096, 4096, 1) == 2
     assert cuda_table.DEFAULTS["9.0"].wide_tokens < cuda_table.NEVER
 
