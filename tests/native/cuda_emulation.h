@@ -340,21 +340,27 @@ inline void commit_copies() {
   m.fibers[m.current].copies.push_back({nullptr, nullptr, 0, true});
 }
 
+// Ends all but the last `groups` groups of what was started: calls `finish` with each.
+template <class T, class Finish>
+void end_groups(std::vector<T>& started, int groups, Finish finish) {
+  int open = 0;
+  for (const T& each : started) open += each.end;
+  size_t done = 0;
+  for (; open > groups; done++) {
+    if (started[done].end) {
+      open--;
+    } else {
+      finish(started[done]);
+    }
+  }
+  started.erase(started.begin(), started.begin() + static_cast<long>(done));
+}
+
 template <int GROUPS>
 void await_copies() {
   emulation::Machine& m = emulation::machine();
-  std::vector<emulation::Copy>& copies = m.fibers[m.current].copies;
-  int open = 0;
-  for (const emulation::Copy& copy : copies) open += copy.end;
-  size_t done = 0;
-  for (; open > GROUPS; done++) {
-    if (copies[done].end) {
-      open--;
-    } else {
-      memcpy(copies[done].to, copies[done].from, copies[done].bytes);
-    }
-  }
-  copies.erase(copies.begin(), copies.begin() + static_cast<long>(done));
+  end_groups(m.fibers[m.current].copies, GROUPS,
+             [](const emulation::Copy& copy) { memcpy(copy.to, copy.from, copy.bytes); });
 }
 
 // ---- sm_90a: see cuda_sm90a.h --------------------------------------------------------------------
@@ -415,18 +421,9 @@ inline void commit_products() {
 template <int GROUPS>
 void await_products() {
   emulation::Machine& m = emulation::machine();
-  std::vector<emulation::Started>& products = m.fibers[m.current].products;
-  int open = 0;
-  for (const emulation::Started& each : products) open += each.end;
-  size_t done = 0;
-  for (; open > GROUPS; done++) {
-    if (products[done].end) {
-      open--;
-    } else if (m.late_products) {
-      finish(products[done]);
-    }
-  }
-  products.erase(products.begin(), products.begin() + static_cast<long>(done));
+  end_groups(m.fibers[m.current].products, GROUPS, [&](const emulation::Started& each) {
+    if (m.late_products) finish(each);
+  });
 }
 
 // As PTX defines prmt with signs.

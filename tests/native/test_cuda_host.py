@@ -224,20 +224,6 @@ def test_many_tokens_of_sm_90a_in_the_order_of_blocks(monkeypatch):
     assert (y.float() - x.float() @ weight.T).norm() < 1e-3 * y.float().norm()
 
 
-def test_many_tokens_of_experts_of_sm_90a(kernels, monkeypatch):
-    names = _launched(monkeypatch, cuda_table.Settings(wide_tokens=1))
-    form, named = plain.example(("mask",), ("shift",), 70, 128, 64, experts=4)
-    tensors, bias = list(named.values()), torch.randn(4, 70)
-    for ends in ([0, 0, 0, 0], [3, 3, 9, 140], [140, 140, 140, 140], [5, 133, 133, 138]):
-        kernels.bitlm_cuda_emulate_backwards(ends[0] % 2)
-        offsets, x = torch.tensor(ends, dtype=torch.int32), torch.randn(140, 128).bfloat16()
-        y = native(x, tensors, form, bias, offsets)
-        exact = reference.packed_linear(x.double(), tensors, form.text, bias, offsets)
-        assert (y - exact).norm() <= 8e-3 * exact.norm()
-        assert not y[ends[-1]:].any()
-    assert "bitlm_cuda_wide_launch" in names
-
-
 def test_what_sm_90a_has_no_product_for(monkeypatch):
     settings = cuda_table.Settings(wide_tokens=1, many_tokens=1)
     three = ("binary",) * 3, torch.float16
@@ -337,18 +323,20 @@ def test_input_scales_are_not_rounded_to_16_bits(monkeypatch):
     assert y.isfinite().all() and (y - exact).norm() < 1e-3 * exact.norm()
 
 
-def test_many_tokens_of_experts(kernels, monkeypatch):
-    monkeypatch.setattr(cuda_launch, "settings_of",
-                        lambda device: cuda_table.Settings(many_tokens=1))
-    form, named = plain.example(("signs",), ("shift",), 70, 128, 64, experts=4)
+@pytest.mark.parametrize("way, code, dtype, rounding", [
+    ("many", "signs", torch.float16, 1e-3), ("wide", "mask", torch.bfloat16, 8e-3)])
+def test_many_tokens_of_experts(way, code, dtype, rounding, kernels, monkeypatch):
+    names = _launched(monkeypatch, cuda_table.Settings(**{f"{way}_tokens": 1}))
+    form, named = plain.example((code,), ("shift",), 70, 128, 64, experts=4)
     tensors, bias = list(named.values()), torch.randn(4, 70)
     for ends in ([0, 0, 0, 0], [3, 3, 9, 140], [140, 140, 140, 140], [5, 133, 133, 138]):
-        kernels.bitlm_cuda_emulate_backwards(ends[0] % 2)
-        offsets, x = torch.tensor(ends, dtype=torch.int32), torch.randn(140, 128).half()
+        kernels.bitlm_cuda_emulate_backwards(ends[0] % 3)
+        offsets, x = torch.tensor(ends, dtype=torch.int32), torch.randn(140, 128).to(dtype)
         y = native(x, tensors, form, bias, offsets)
         exact = reference.packed_linear(x.double(), tensors, form.text, bias, offsets)
-        assert (y - exact).norm() <= 1e-3 * exact.norm()
+        assert (y - exact).norm() <= rounding * exact.norm()
         assert not y[ends[-1]:].any()
+    assert f"bitlm_cuda_{way}_launch" in names
 
 
 def test_infinities_and_nan_in_many_tokens(monkeypatch):
