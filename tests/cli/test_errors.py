@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -110,8 +111,12 @@ def test_ctrl_c_in_a_real_process(zoo, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     writer = _open_when_read(pipe, process)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    # Python misses a signal that comes just before it waits for the pipe: then, as people do, again.
+    for patience in (10, 60):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            _, stderr = process.communicate(timeout=patience)
+            break
     os.close(writer)
     assert process.returncode == 1
     assert stderr.strip().splitlines()[-1] == "bitlm: interrupted"
