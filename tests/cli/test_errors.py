@@ -111,7 +111,7 @@ def test_ctrl_c_in_a_real_process(zoo, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     writer = _open_when_read(pipe, process)
     time.sleep(0.2)
-    # Python misses a signal that comes just before it waits for the pipe: then, as people do, again.
+    # Python misses a signal that comes just before it waits for the pipe: then once more.
     for patience in (10, 60):
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
