@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -251,21 +252,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw quality against size."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for row in rows:
+    for row, marker in zip(rows, cycle("osD^vP")):  # models as large and as good lie on each other
         values = [value * 100 for value in row["scores"].get(TASK, ())]
-        if not values:
-            continue
         size = row["own"]["file_bytes"] / 2**20
         name = "full precision" if row["name"] == FULL else row["name"].upper()
-        axes.plot([size] * len(values), values, "o", markersize=6)
-        axes.annotate(name, (size, statistics.mean(values)), xytext=(7, -3),
-                      textcoords="offset points", fontsize=8)
+        axes.plot([size] * len(values), values, marker, markersize=8, alpha=0.7, label=name)
     axes.set(xlabel="file, MiB", ylabel="SST-2 accuracy, %", xscale="log")
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
+    axes.legend(loc="center right")
     part = path.with_name(f".{path.name}")
     figure.savefig(part, dpi=110, format="png")
     pyplot.close(figure)
