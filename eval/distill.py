@@ -165,8 +165,10 @@ def without_vowels(stories: str, work: Path) -> Path:
     folder = work / "vowels"
     folder.mkdir(exist_ok=True)
     for name in ("train.jsonl", "valid.jsonl"):
-        lines = []
-        for line in (Path(stories) / name).read_text("utf-8").splitlines():
+        lines, source = [], Path(stories) / name
+        if not source.is_file():
+            raise SystemExit(f"there is no {source}: --stories names the folder of it")
+        for line in source.read_text("utf-8").splitlines():
             parts = re.split(r"(?<=[.!?])\s+", " ".join(json.loads(line)["text"].split()))
             for start in range(0, len(parts), 2):
                 text = " ".join(parts[start:start + 2])

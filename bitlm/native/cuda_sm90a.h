@@ -11,6 +11,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda.h>
+#else
+#include "cuda_emulation_sm90a.h"
 #endif
 
 namespace bitlm {

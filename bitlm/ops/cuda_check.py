@@ -35,8 +35,9 @@ EXPERTS = 3
 BITS = Settings((1, 2, 4, 8), NEVER, NEVER, NEVER, few_tokens=NEVER)
 # Tokens, dtype, activation and settings: every way to multiply, and those of sm_90a alone.
 Way = tuple[int, torch.dtype, str, Settings]
-WAYS: list[Way] = [(tokens, dtype, activation, BITS) for tokens in (1, 9)
-        for dtype in (torch.float32, torch.float16) for activation in ("float", "int8")]
+WAYS: list[Way] = [
+    (tokens, dtype, activation, BITS) for tokens in (1, 9)
+    for dtype in (torch.float32, torch.float16) for activation in ("float", "int8")]
 WAYS += [(tokens, torch.float16, "float", BITS) for tokens in (2, 4)]
 WAYS += [(10, dtype, "float", Settings(many_tokens=1, dense_tokens=NEVER, many_tiles=tiles))
          for dtype in (torch.float16, torch.bfloat16) for tiles in (1, 2)]

@@ -289,18 +289,18 @@ def _many_linear(x: Tensor, weight: Terms, bias: Tensor | None, offsets: Tensor 
         return y
     if wide:
         launch, tiles = "bitlm_cuda_wide_launch", settings.tiles_wide
-        ordered = x if x.data_ptr() % 16 == 0 else x.clone()
+        given = x if x.data_ptr() % 16 == 0 else x.clone()
     else:
         launch, tiles = "bitlm_cuda_many_launch", settings.tiles
-        ordered = torch.empty_like(x)
-        _launch("bitlm_cuda_order_launch", Order(x.data_ptr(), ordered.data_ptr(), *x.shape),
+        given = torch.empty_like(x)
+        _launch("bitlm_cuda_order_launch", Order(x.data_ptr(), given.data_ptr(), *x.shape),
                 x.device)
     experts = form.experts or 1
     for part in weight.parts:
         product, = part.products
         own = None if bias is None else bias[..., part.first:part.first + part.rows].contiguous()
         _launch(launch, Many(
-            (Pass * MANY_PASSES)(*product.passes), ordered.data_ptr(),
+            (Pass * MANY_PASSES)(*product.passes), given.data_ptr(),
             y.data_ptr(), 0, 0 if own is None else own.data_ptr(),
             0 if offsets is None else offsets.data_ptr(), len(product.passes), part.rows,
             form.columns, form.group_size, len(x), y.shape[1], part.first, TYPES[x.dtype],

@@ -1,4 +1,4 @@
-"""Builds the CUDA library for the host: the same sources over cuda_emulation.h."""
+"""The CUDA library on the host: the same sources over cuda_emulation.h, and its binding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import which
 
-from bitlm.ops import library
+from torch import Tensor
+
+from bitlm.ops import cuda, cuda_launch, cuda_table, library
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "bitlm" / "native"
@@ -37,3 +39,19 @@ def build(folder: Path) -> library.Loaded:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+
+def native(x: Tensor, tensors: list[Tensor], form, *args) -> Tensor:
+    """Return the op's result, which no reference may have made."""
+    y = cuda.packed_linear(x, tensors, form.text, *args)
+    assert not cuda.handed_back
+    return y
+
+
+def launched(monkeypatch, settings: cuda_table.Settings) -> set[str]:
+    """Set what suits the card; return where the names of launches go."""
+    launch, names = cuda_launch._launch, set()
+    monkeypatch.setattr(cuda_launch, "settings_of", lambda device: settings)
+    monkeypatch.setattr(cuda_launch, "_launch",
+                        lambda name, *rest: (names.add(name), launch(name, *rest)))
+    return names
